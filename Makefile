@@ -1,0 +1,52 @@
+# make train    train a small LLaMA with GaLore on the embedded corpus
+# make test     lint, type check, tests, doctests and notebooks
+# Both set up .venv first; a second call finds it ready. DEVICE=cuda or DEVICE=tpu picks the wheel.
+
+PYTHON ?= python3
+DEVICE ?= cpu
+VENV ?= .venv
+ARGS ?=
+
+bin := $(VENV)/bin
+extras := $(if $(filter cpu,$(DEVICE)),,$(DEVICE))
+comma := ,
+
+ifeq ($(filter $(DEVICE),cpu cuda tpu),)
+$(error DEVICE=$(DEVICE) is unknown: use DEVICE=cpu, DEVICE=cuda or DEVICE=tpu)
+endif
+
+.PHONY: train test test-slow lint format clean
+
+train: $(VENV)/train-$(DEVICE).done
+	$(bin)/python -m train $(ARGS)
+
+test: $(VENV)/test-$(DEVICE).done lint
+	$(bin)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/test-$(DEVICE).done
+	$(bin)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/test-$(DEVICE).done
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+format: $(VENV)/test-$(DEVICE).done
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(bin)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $(PYTHON) cannot make a virtual environment: on Debian, apt install python3-venv" >&2; \
+	  exit 1; }
+
+$(VENV)/%-$(DEVICE).done: $(bin)/python pyproject.toml $(wildcard constraints/*.txt)
+	$(bin)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint "constraints/$$($(bin)/python -c 'import sys; print("python-3.11" if sys.version_info < (3, 12) else "python-3.12")').txt" \
+	  --editable ".[train$(if $(filter test,$*),$(comma)test)$(if $(extras),$(comma)$(extras))]"
+	@touch $@

@@ -1,0 +1,41 @@
+"""Subspace optimizers for JAX: GaLore and its kin as composable optax transformations."""
+
+from optax_subspace._alias import galore
+from optax_subspace._chaining import (
+    InSubspaceState,
+    in_subspace,
+    scale_by_adam,
+    scale_by_lion,
+    subspace_project,
+)
+from optax_subspace._describe import Description, describe
+from optax_subspace._leaves import LeafPlan, MatrixSpec, plan
+from optax_subspace._projectors import Projector, svd
+from optax_subspace._subspace import (
+    LeafBasis,
+    ProjectionState,
+    SubspaceState,
+    scale_by_subspace,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Description",
+    "InSubspaceState",
+    "LeafBasis",
+    "LeafPlan",
+    "MatrixSpec",
+    "ProjectionState",
+    "Projector",
+    "SubspaceState",
+    "describe",
+    "galore",
+    "in_subspace",
+    "plan",
+    "scale_by_adam",
+    "scale_by_lion",
+    "scale_by_subspace",
+    "subspace_project",
+    "svd",
+]

@@ -1,0 +1,82 @@
+"""What an optimizer does with every leaf, as a table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from optax_subspace._leaves import LeafPlan, suggested_rule
+from optax_subspace._recording import recording
+
+
+class Description(NamedTuple):
+    """The plan of every leaf that a transformation's projections saw; ``str()`` is the table.
+
+    Attributes:
+      leaves: one :class:`LeafPlan` per leaf and projection.
+      state_bytes: bytes of the optimizer state, all parts.
+      adam_bytes: bytes of full-rank Adam's state for the same parameters, in their dtypes.
+    """
+
+    leaves: list[LeafPlan]
+    state_bytes: int
+    adam_bytes: int
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "side", "rank", "in the subspace", "why")]
+        for p in self.leaves:
+            low = _times(p.low_shape) if p.projected else "-"
+            rank = str(p.rank) if p.projected else "-"
+            rows.append((p.path, _times(p.shape), p.side or "-", rank, low, p.reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row[:5], widths, strict=True)), row[5]]).rstrip()
+            for row in rows
+        ]
+        total = sum(math.prod(p.shape) for p in self.leaves)
+        inside = sum(math.prod(p.shape) for p in self.leaves if p.projected)
+        share = 100 * inside / total if total else 0.0
+        lines.append(
+            f"{inside:,} of {total:,} parameters projected ({share:.1f} %); optimizer state "
+            f"{self.state_bytes:,} bytes, full-rank Adam's {self.adam_bytes:,}"
+        )
+        wanting = [p for p in self.leaves if p.wants_rule]
+        lines += [f"{p.path} would be projected by {suggested_rule(p)}" for p in wanting]
+        return "\n".join(lines)
+
+
+def describe(params: optax.Params, tx: optax.GradientTransformation) -> Description:
+    """Tells what ``tx`` does with every leaf of ``params``; nothing is computed or allocated.
+
+    Args:
+      params: tree of arrays or ``jax.ShapeDtypeStruct``.
+      tx: any transformation that holds projections of this library, chained, masked or wrapped.
+
+    Returns:
+      A :class:`Description`: print it, or read its ``leaves``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_subspace import galore
+      >>> params = {"embed": jnp.zeros((100, 8)), "w": jnp.zeros((16, 8))}
+      >>> print(describe(params, galore(1e-2, rank=2)))
+      parameter  shape    side   rank  in the subspace  why
+      embed      100 x 8  -      -     -                embedding or output head by its name
+      w          16 x 8   right  2     16 x 2           matrix
+      128 of 928 parameters projected (13.8 %); optimizer state 6,740 bytes, full-rank Adam's 7,428
+    """
+    with recording() as plans:
+        state = jax.eval_shape(tx.init, params)
+    adam = jax.eval_shape(optax.scale_by_adam().init, params)
+    return Description(list(plans), _bytes(state), _bytes(adam))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"

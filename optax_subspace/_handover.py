@@ -1,0 +1,65 @@
+"""The leaf that ``subspace_project`` hands to ``in_subspace``, and to nobody else."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import jax
+
+from optax_subspace._leaves import LeafPlan
+
+
+class LowRankUpdate:
+    """One leaf between projection and lift: its low-rank gradient and the way back.
+
+    Other optax transformations would compute with the wrong space, or with the basis itself, so
+    this leaf refuses arithmetic, array attributes and flattening alike.
+
+    Attributes:
+      low: gradient of shape ``plan.low_shape``, zero if it was not finite.
+      finite: boolean scalar.
+      bases: the basis of each of ``plan.sides``.
+      plan: the leaf's static plan.
+      factor: factor on the lifted update, a Python number or a scalar array.
+      dtype_out: dtype of the incoming gradient, which the update takes on again.
+      rank: the rank given to the projection, for its error message.
+    """
+
+    __slots__ = ("bases", "dtype_out", "factor", "finite", "low", "plan", "rank")
+
+    def __init__(
+        self,
+        low: jax.Array,
+        finite: jax.Array,
+        bases: tuple[jax.Array, ...],
+        plan: LeafPlan,
+        factor: Any,
+        dtype_out: Any,
+        rank: int,
+    ):
+        self.low, self.finite, self.bases = low, finite, bases
+        self.plan, self.factor, self.dtype_out, self.rank = plan, factor, dtype_out, rank
+
+
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    leaf = next((a for a in args if isinstance(a, LowRankUpdate)), None)
+    where = f" of parameter {leaf.plan.path}" if leaf is not None else ""
+    project = f"subspace_project(rank={leaf.rank if leaf is not None else '...'})"
+    raise TypeError(
+        f"the low-rank gradient{where} came from subspace_project to a transformation that works "
+        f"in full space. Write optax.chain({project}, optax_subspace.scale_by_adam(), "
+        f"optax.scale_by_learning_rate(1e-2)), or, for any other member X, optax.chain({project}, "
+        "in_subspace(X), ...). Clipping of the whole gradient goes before subspace_project, learning "
+        "rate and weight decay after the member in the subspace."
+    )
+
+
+_OPERATORS = "add sub mul truediv floordiv mod pow matmul lshift rshift and or xor"
+for _name in [f"__{r}{op}__" for op in _OPERATORS.split() for r in ("", "r")]:
+    setattr(LowRankUpdate, _name, _refuse)
+for _name in "neg pos abs invert lt le gt ge len iter getitem array jax_array float int bool".split():
+    setattr(LowRankUpdate, f"__{_name}__", _refuse)
+for _name in ("shape", "dtype", "ndim", "size", "T", "astype", "reshape", "sum", "mean"):
+    setattr(LowRankUpdate, _name, property(_refuse))
+
+jax.tree_util.register_pytree_node(LowRankUpdate, _refuse, _refuse)

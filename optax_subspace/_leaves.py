@@ -1,0 +1,357 @@
+"""Which leaves of a parameter tree are matrices, and how each one is projected.
+
+A leaf's plan is a static function of the rules and of the shapes. Nothing of it is
+stored in an optimizer's state, so a plan can be printed, tested and compared without
+running anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_subspace._projectors import Projector
+
+SIDES = ("shorter", "longer", "left", "right", "both")
+
+# Tables indexed by token ids get sparse gradients whose rows are not mixed by a matrix
+# product, and the output head is their mirror image: GaLore leaves both at full rank.
+EMBEDDING_OR_HEAD = re.compile(
+    r"(^|/)(\w*embed\w*|wte|wpe|lm_head|head|output_head)(/|$)", re.IGNORECASE
+)
+
+
+@runtime_checkable
+class DimensionNumbers(Protocol):
+    """Anything with optax's two axis fields, as ``optax.contrib.MuonDimensionNumbers`` has."""
+
+    reduction_axis: Sequence[int] | int
+    output_axis: Sequence[int] | int
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixSpec:
+    """How one leaf is seen as a matrix (or a batch of matrices) and how it is projected.
+
+    The axes have optax's names: ``reduction_axis`` becomes the rows (size ``m``),
+    ``output_axis`` the columns (size ``n``); axes named in neither are batch axes, and each
+    of their slices is projected on its own. Fields left at ``None`` take the value given to
+    the transformation.
+
+    Attributes:
+      reduction_axis: axis or axes of the input of the linear map.
+      output_axis: axis or axes of its output.
+      rank: rank of this leaf's subspace.
+      side: one of ``shorter``, ``longer``, ``left``, ``right``, ``both``.
+      scale: factor on this leaf's lifted update.
+      projector: rule that finds and follows this leaf's basis.
+
+    Example:
+      >>> MatrixSpec(reduction_axis=1, output_axis=(2, 3)).output_axis  # (L, d, heads, head_dim)
+      (2, 3)
+    """
+
+    reduction_axis: Sequence[int] | int = 0
+    output_axis: Sequence[int] | int = 1
+    rank: int | None = None
+    side: str | None = None
+    scale: float | None = None
+    projector: Projector | None = None
+
+    def __post_init__(self):
+        if self.rank is not None:
+            check_rank(self.rank)
+        if self.side is not None:
+            check_side(self.side)
+
+
+Rules = Sequence[tuple[str, "DimensionNumbers | None"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """What happens to one leaf.
+
+    Attributes:
+      path: the leaf's path, keys joined by ``/``.
+      shape: the leaf's shape.
+      dtype: the leaf's dtype.
+      reason: why the leaf is projected as it is, or left alone.
+      sides: ``("left",)``, ``("right",)``, ``("left", "right")``, or ``()`` if left alone.
+      rank: the rank of the subspace, 0 if left alone.
+      batch, reduction, output: axes of the leaf.
+      scale, projector: overrides by a rule, ``None`` for the transformation's own.
+      wants_rule: the leaf could be projected, and is not for want of a rule.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    reason: str
+    sides: tuple[str, ...] = ()
+    rank: int = 0
+    batch: tuple[int, ...] = ()
+    reduction: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    scale: float | None = None
+    projector: Projector | None = None
+    wants_rule: bool = False
+
+    @property
+    def projected(self) -> bool:
+        return bool(self.sides)
+
+    @property
+    def side(self) -> str | None:
+        """``left``, ``right``, ``both``, or None if the leaf is left alone."""
+        return "both" if len(self.sides) == 2 else self.sides[0] if self.sides else None
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[a] for a in self.batch)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """``(m, n)``: rows (reduction) and columns (output) of each slice."""
+        m = math.prod(self.shape[a] for a in self.reduction)
+        return m, math.prod(self.shape[a] for a in self.output)
+
+    @property
+    def low_shape(self) -> tuple[int, ...]:
+        """Shape of the low-rank gradient and moments; the leaf's own if it is left alone."""
+        if not self.projected:
+            return self.shape
+        m, n = self.matrix_shape
+        rows = self.rank if "left" in self.sides else m
+        columns = self.rank if "right" in self.sides else n
+        return (*self.batch_shape, rows, columns)
+
+    @property
+    def basis_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of the basis on each side: ``(*batch, m, r)`` left, ``(*batch, n, r)`` right."""
+        length = dict(zip(("left", "right"), self.matrix_shape, strict=True))
+        return tuple((*self.batch_shape, length[s], self.rank) for s in self.sides)
+
+
+def plan(
+    params: Any,
+    rules: Rules | None = None,
+    *,
+    rank: int = 128,
+    side: str = "shorter",
+) -> list[LeafPlan]:
+    """Decides for every leaf whether and how it is projected.
+
+    Each leaf takes the spec of the first rule whose pattern is found in its path
+    (``re.search``); a spec of ``None`` leaves the leaf alone. A leaf that no rule matches is
+    projected if it has two dimensions and is not an embedding or an output head by its name.
+    Leaves with ``rank >= min(m, n)`` are left alone, since nothing would be saved.
+
+    Args:
+      params: tree of arrays or ``jax.ShapeDtypeStruct``.
+      rules: ``(regex, spec)`` pairs; a spec is a :class:`MatrixSpec`, one of optax's
+        dimension numbers, or None.
+      rank: rank where the rule names none.
+      side: side where the rule names none: ``shorter`` puts the basis on the shorter side
+        (GaLore's ``std``: right for ``m >= n``), ``longer`` on the longer one
+        (``optax.contrib.galore``: left for ``m >= n``), ``left`` gives ``P^T G``, ``right``
+        ``G Q``, ``both`` ``P^T G Q``.
+
+    Returns:
+      One :class:`LeafPlan` per leaf, in the order of ``jax.tree.leaves(params)``.
+
+    Raises:
+      TypeError: a leaf is complex or an integer, or a rule's spec has no axes.
+      ValueError: unknown side, rank below one, or axes that do not fit a leaf's shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.zeros((64, 32)), "b": jnp.zeros(32)}
+      >>> [(p.path, p.side, p.low_shape) for p in plan(params, rank=4)]
+      [('b', None, (32,)), ('w', 'right', (64, 4))]
+    """
+    check_rank(rank)
+    check_side(side)
+    compiled = _compile(rules)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [_plan_leaf(path_name(path), leaf, compiled, rank, side) for path, leaf in leaves]
+
+
+def unmatched_patterns(plans: Iterable[LeafPlan], rules: Rules | None) -> list[str]:
+    """The patterns of ``rules`` that match no leaf of the plan."""
+    paths = [p.path for p in plans]
+    return [r.pattern for r, _ in _compile(rules) if not any(r.search(p) for p in paths)]
+
+
+def warn_about_rules(plans: Sequence[LeafPlan], rules: Rules | None) -> None:
+    """Warns of a pattern that matches nothing and of many parameters that lack a rule."""
+    for pattern in unmatched_patterns(plans, rules) if plans else ():
+        warnings.warn(
+            f"the rule {pattern!r} matches no parameter; paths look like {plans[0].path!r}",
+            UserWarning,
+            stacklevel=4,
+        )
+    total = sum(math.prod(p.shape) for p in plans)
+    wanting = [p for p in plans if p.wants_rule]
+    left = sum(math.prod(p.shape) for p in wanting)
+    if left * 10 > total:
+        largest = max(wanting, key=lambda p: math.prod(p.shape))
+        warnings.warn(
+            f"{100 * left / total:.0f} % of the parameters are not projected for want of a rule, "
+            f"the largest being {largest.path} {largest.shape}. Pass {suggested_rule(largest)}, or "
+            f"rules=[({largest.path!r}, None)] to leave it at full rank.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def suggested_rule(leaf: LeafPlan) -> str:
+    """A rule, as Python source, that would project ``leaf`` on its last two axes."""
+    axes = f"reduction_axis={len(leaf.shape) - 2}, output_axis={len(leaf.shape) - 1}"
+    return f"rules=[({leaf.path!r}, MatrixSpec({axes}))]"
+
+
+def check_rank(rank: Any) -> None:
+    """Raises unless ``rank`` is a Python integer of at least 1."""
+    if isinstance(rank, jax.Array | np.ndarray):
+        raise TypeError(
+            "rank must be a Python int, not an array: it decides shapes. Under "
+            "optax.inject_hyperparams pass static_args=('rank', ...)."
+        )
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
+        raise TypeError(f"rank must be an int, got {rank!r}")
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+
+
+def check_side(side: Any) -> None:
+    """Raises unless ``side`` names a side policy."""
+    if side not in SIDES:
+        raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Joins the keys of a tree path by ``/``; NNX's trailing ``.value`` is left out.
+
+    A tree that is one bare array has the path ``(root)``.
+
+    Example:
+      >>> import jax
+      >>> path_name(jax.tree_util.tree_flatten_with_path({"a": [1.0]})[0][0][0])
+      'a/0'
+    """
+    keys = [_key_name(k) for k in path]
+    if len(keys) > 1 and keys[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
+        keys = keys[:-1]
+    return "/".join(keys) or "(root)"
+
+
+def _key_name(key: Any) -> str:
+    for field in ("key", "idx", "name"):
+        if hasattr(key, field):
+            return str(getattr(key, field))
+    return str(key)
+
+
+def _compile(rules: Rules | None) -> list[tuple[re.Pattern[str], DimensionNumbers | None]]:
+    compiled = []
+    for rule in rules or ():
+        if isinstance(rule, str) or len(rule) != 2:
+            raise TypeError(f"a rule is a pair (regex, spec), got {rule!r}")
+        pattern, spec = rule
+        if spec is not None and not isinstance(spec, DimensionNumbers):
+            raise TypeError(
+                f"the spec of rule {pattern!r} is {spec!r}: give MatrixSpec(reduction_axis=..., "
+                "output_axis=...), one of optax's dimension numbers, or None"
+            )
+        try:
+            compiled.append((re.compile(pattern), spec))
+        except re.error as e:
+            raise ValueError(f"the rule's pattern {pattern!r} is no regular expression: {e}") from e
+    return compiled
+
+
+def _plan_leaf(path, leaf, rules, rank, side) -> LeafPlan:
+    shape = tuple(jnp.shape(leaf))
+    dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"parameter {path} has dtype {dtype}: only real floating-point leaves can be "
+            "optimized. Leave it out with optax.masked or optax.multi_transform."
+        )
+    leave = lambda reason, **kw: LeafPlan(path, shape, dtype, reason, **kw)
+    for pattern, spec in rules:
+        if pattern.search(path):
+            if spec is None:
+                return leave(f"left alone by rule {pattern.pattern!r}")
+            return _plan_matrix(path, shape, dtype, spec, rank, side, f"rule {pattern.pattern!r}")
+    if EMBEDDING_OR_HEAD.search(path):
+        return leave("embedding or output head by its name")
+    if len(shape) < 2 or sorted(shape)[-2] == 1:
+        return leave("not a matrix")
+    if len(shape) > 2:
+        return leave(f"{len(shape)} dimensions and no rule", wants_rule=True)
+    return _plan_matrix(path, shape, dtype, MatrixSpec(), rank, side, "matrix")
+
+
+def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
+    reduction, output = _axes(path, shape, spec)
+    batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
+    override = spec if isinstance(spec, MatrixSpec) else MatrixSpec()
+    rank = override.rank or rank
+    m = math.prod(shape[a] for a in reduction)
+    n = math.prod(shape[a] for a in output)
+    if rank >= min(m, n):
+        return LeafPlan(path, shape, dtype, f"rank {rank} >= min({m}, {n})")
+    return LeafPlan(
+        path,
+        shape,
+        dtype,
+        reason,
+        sides=_sides(override.side or side, m, n),
+        rank=int(rank),
+        batch=batch,
+        reduction=reduction,
+        output=output,
+        scale=override.scale,
+        projector=override.projector,
+    )
+
+
+def _sides(side: str, m: int, n: int) -> tuple[str, ...]:
+    # Ties as in the references: GaLore's "std" takes the right side of a square matrix,
+    # optax.contrib.galore the left one.
+    if side == "shorter":
+        return ("right",) if m >= n else ("left",)
+    if side == "longer":
+        return ("left",) if m >= n else ("right",)
+    return ("left", "right") if side == "both" else (side,)
+
+
+def _axes(path, shape, spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def normalize(axis):
+        axes = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
+        for a in axes:
+            if not -len(shape) <= a < len(shape):
+                raise ValueError(
+                    f"parameter {path} of shape {shape} has no axis {a}: correct "
+                    f"reduction_axis={spec.reduction_axis}, output_axis={spec.output_axis} of its rule"
+                )
+        return tuple(a % len(shape) for a in axes)
+
+    reduction, output = normalize(spec.reduction_axis), normalize(spec.output_axis)
+    both = reduction + output
+    if not reduction or not output or len(set(both)) != len(both):
+        raise ValueError(
+            f"parameter {path} of shape {shape}: reduction_axis={spec.reduction_axis} and "
+            f"output_axis={spec.output_axis} must each name an axis and share none"
+        )
+    return reduction, output

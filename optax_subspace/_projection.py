@@ -1,0 +1,52 @@
+"""Projection into a leaf's subspace and back: pure functions on one leaf."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from optax_subspace._leaves import LeafPlan
+
+
+def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of the arithmetic: float32, or float64 for float64 leaves."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def to_matrices(leaf: jax.Array, plan: LeafPlan) -> jax.Array:
+    """Reshapes a leaf to ``(*batch, m, n)``."""
+    axes = plan.batch + plan.reduction + plan.output
+    return leaf.transpose(axes).reshape(*plan.batch_shape, *plan.matrix_shape)
+
+
+def from_matrices(matrices: jax.Array, plan: LeafPlan) -> jax.Array:
+    """The inverse of :func:`to_matrices`: ``(*batch, m, n)`` back to the leaf's shape."""
+    axes = plan.batch + plan.reduction + plan.output
+    transposed = matrices.reshape([plan.shape[a] for a in axes])
+    return transposed.transpose([axes.index(i) for i in range(len(axes))])
+
+
+def project(matrices: jax.Array, bases: tuple[jax.Array, ...], plan: LeafPlan) -> jax.Array:
+    """Coordinates of ``(*batch, m, n)`` in the subspace: ``P^T G``, ``G Q`` or ``P^T G Q``.
+
+    GaLore (Zhao et al., 2024), equation 4 and algorithm 2. The result has ``plan.low_shape``.
+    """
+    dtype = compute_dtype(matrices.dtype)
+    low = matrices.astype(dtype)
+    for side, basis in zip(plan.sides, bases, strict=True):
+        if side == "left":
+            low = jnp.einsum("...mr,...mn->...rn", basis.astype(dtype), low)
+        else:
+            low = jnp.einsum("...mn,...nr->...mr", low, basis.astype(dtype))
+    return low
+
+
+def lift(low: jax.Array, bases: tuple[jax.Array, ...], plan: LeafPlan) -> jax.Array:
+    """The way back to ``(*batch, m, n)``: ``P R``, ``R Q^T`` or ``P R Q^T``."""
+    full = low
+    for side, basis in zip(plan.sides, bases, strict=True):
+        if side == "left":
+            full = jnp.einsum("...mr,...rn->...mn", basis.astype(low.dtype), full)
+        else:
+            full = jnp.einsum("...mr,...nr->...mn", full, basis.astype(low.dtype))
+    return full

@@ -1,0 +1,160 @@
+"""Plans: which leaf is projected, on which axes and side, and what is said about the others."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import optax_subspace as osub
+from optax_subspace import MatrixSpec
+
+
+def plans(shapes, rules=None, **kwargs):
+    tree = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    return {p.path: p for p in osub.plan(tree, rules, **kwargs)}
+
+
+@pytest.mark.parametrize(
+    "shape, shorter, longer",
+    [((20, 12), "right", "left"), ((12, 20), "left", "right"), ((16, 16), "right", "left")],
+)
+def test_sides(shape, shorter, longer):
+    side = lambda s: plans({"w": shape}, rank=4, side=s)["w"]
+    assert side("shorter").side == shorter and side("longer").side == longer
+    assert side("left").low_shape == (4, shape[1])
+    assert side("right").low_shape == (shape[0], 4)
+    assert side("both").low_shape == (4, 4) and side("both").side == "both"
+    assert side("both").basis_shapes == ((shape[0], 4), (shape[1], 4))
+
+
+def test_leaves_left_alone_and_why():
+    found = plans(
+        {
+            "w": (20, 12),
+            "embed": (100, 16),
+            "decoder/lm_head": (16, 100),
+            "ahead": (16, 16),
+            "bias": (12,),
+            "scalar": (),
+            "row": (1, 12),
+            "thin": (20, 4),
+            "stack": (3, 20, 12),
+        },
+        rank=4,
+    )
+    reasons = {path: p.reason for path, p in found.items() if not p.projected}
+    assert reasons == {
+        "embed": "embedding or output head by its name",
+        "decoder/lm_head": "embedding or output head by its name",
+        "bias": "not a matrix",
+        "scalar": "not a matrix",
+        "row": "not a matrix",
+        "thin": "rank 4 >= min(20, 4)",
+        "stack": "3 dimensions and no rule",
+    }
+    assert [p.path for p in found.values() if p.wants_rule] == ["stack"]
+    assert found["ahead"].projected and found["w"].projected
+
+
+def test_rules_first_match_wins_and_none_leaves_alone():
+    rules = [("^a$", MatrixSpec(rank=2)), ("^(a|b)$", None), ("embed", MatrixSpec())]
+    found = plans({"a": (20, 12), "b": (20, 12), "c": (20, 12), "embed": (30, 12)}, rules, rank=4)
+    assert found["a"].rank == 2
+    assert found["b"].reason == "left alone by rule '^(a|b)$'"
+    assert found["c"].rank == 4 and found["c"].reason == "matrix"
+    assert found["embed"].projected
+
+
+@pytest.mark.parametrize(
+    "shape, spec, matrix, batch",
+    [
+        ((3, 20, 12), MatrixSpec(1, 2), (20, 12), (3,)),
+        ((2, 3, 20, 12), MatrixSpec(2, 3), (20, 12), (2, 3)),
+        ((16, 4, 6), MatrixSpec(0, (1, 2)), (16, 24), ()),
+        ((4, 6, 16), MatrixSpec((0, 1), 2), (24, 16), ()),
+        ((3, 3, 8, 16), MatrixSpec((0, 1, 2), 3), (72, 16), ()),
+        ((3, 20, 12), MatrixSpec(-2, -1), (20, 12), (3,)),
+        ((20, 3, 12), MatrixSpec(2, 0), (12, 20), (3,)),
+        ((3, 20, 12), optax.contrib.MuonDimensionNumbers(1, 2), (20, 12), (3,)),
+        ((16, 4, 6), optax.contrib.GaLoreDimensionNumbers(0, (1, 2)), (16, 24), ()),
+    ],
+)
+def test_axes(shape, spec, matrix, batch):
+    p = plans({"w": shape}, [("w", spec)], rank=4)["w"]
+    assert (p.matrix_shape, p.batch_shape) == (matrix, batch)
+    params = {"w": jax.random.normal(jax.random.key(0), shape)}
+    tx = osub.scale_by_subspace(optax.identity(), rank=min(matrix), rules=[("w", spec)])
+    updates, _ = tx.update(params, tx.init(params))
+    assert jnp.array_equal(updates["w"], params["w"])
+    # At full rank less one, on both the reshaping and the way back: nearly the same tensor.
+    tx = osub.scale_by_subspace(optax.identity(), rank=min(matrix) - 1, rules=[("w", spec)])
+    updates, state = tx.update(params, tx.init(params))
+    assert state.projection.leaves["w"].bases[0].shape[-1] == min(matrix) - 1
+    error = jnp.linalg.norm(updates["w"] - params["w"]) / jnp.linalg.norm(params["w"])
+    assert error < 0.3
+
+
+def test_paths_of_nnx_states_and_lists():
+    model = nnx.Linear(20, 12, rngs=nnx.Rngs(0))
+    tree = nnx.state(model, nnx.Param)
+    assert [p.path for p in osub.plan(tree, rank=4)] == ["bias", "kernel"]
+    assert [p.path for p in osub.plan({"layers": [jnp.ones((8, 8))]}, rank=2)] == ["layers/0"]
+    assert [p.path for p in osub.plan(jnp.ones((8, 8)), rank=2)] == ["(root)"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32, jnp.uint8, jnp.bool_])
+def test_leaves_that_are_not_real_are_refused_with_their_path(dtype):
+    tree = {"block": {"kernel": jax.ShapeDtypeStruct((8, 8), dtype)}}
+    with pytest.raises(TypeError, match=r"block/kernel has dtype .*optax\.masked"):
+        osub.plan(tree)
+
+
+def test_bad_rules():
+    shapes = {"w": (20, 12)}
+    with pytest.raises(ValueError, match=r"parameter w of shape \(20, 12\) has no axis 2"):
+        plans(shapes, [("w", MatrixSpec(1, 2))])
+    with pytest.raises(ValueError, match="share none"):
+        plans(shapes, [("w", MatrixSpec(0, 0))])
+    with pytest.raises(ValueError, match="no regular expression"):
+        plans(shapes, [("(", None)])
+    with pytest.raises(TypeError, match="MatrixSpec"):
+        plans(shapes, [("w", "project")])
+    with pytest.raises(TypeError, match="pair"):
+        plans(shapes, ["w"])
+    with pytest.raises(ValueError, match="side"):
+        MatrixSpec(side="up")
+    with pytest.raises(ValueError, match="rank"):
+        MatrixSpec(rank=-1)
+
+
+def test_warnings_name_the_rule_to_add():
+    tx = osub.scale_by_subspace(optax.scale_by_adam(), rank=4)
+    with pytest.warns(UserWarning, match=r"stack.*MatrixSpec\(reduction_axis=1, output_axis=2\)"):
+        tx.init({"stack": jnp.ones((3, 20, 12)), "w": jnp.ones((20, 12))})
+    unmatched = osub.scale_by_subspace(optax.scale_by_adam(), rank=4, rules=[("layers/q", None)])
+    with pytest.warns(UserWarning, match="'layers/q' matches no parameter"):
+        unmatched.init({"w": jnp.ones((20, 12))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tx.init({"stack": jnp.ones((3, 4, 4)), "w": jnp.ones((100, 120))})  # below a tenth
+        rules = [("stack", None)]
+        tx = osub.scale_by_subspace(optax.scale_by_adam(), rank=4, rules=rules)
+        tx.init({"stack": jnp.ones((3, 20, 12))})
+
+
+def test_describe_through_wrappers():
+    params = {"w": jnp.ones((20, 12)), "v": jnp.ones((12, 20)), "s": jnp.ones((2, 3, 4))}
+    inner = osub.galore(1e-2, rank=4)
+    label = {"w": "a", "v": "b", "s": "a"}
+    tx = optax.multi_transform({"a": inner, "b": osub.galore(1e-2, rank=2)}, label)
+    found = osub.describe(params, tx)
+    ranks = {p.path: p.rank for p in found.leaves}
+    assert ranks == {"w": 4, "v": 2, "s": 0}
+    text = str(found)
+    assert "20 x 12" in text and "s would be projected by rules=[('s'" in text
+    state = tx.init(params)
+    assert found.state_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
+    assert str(osub.describe({}, inner)).startswith("parameter")

@@ -1,0 +1,327 @@
+"""``scale_by_subspace``: the rules that every transformation keeps, and the mathematics."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_subspace as osub
+from tests import trees
+
+
+def pure(rank=4, inner=None, **kwargs):
+    kwargs.setdefault("rules", trees.RULES)
+    return osub.scale_by_subspace(inner or optax.scale_by_adam(), rank=rank, **kwargs)
+
+
+def leaves_by_hand(gradient, basis, side):
+    """P^T G, G Q and their lifts with plain numpy."""
+    if side == "left":
+        return basis.T @ gradient, lambda r: basis @ r
+    return gradient @ basis, lambda r: r @ basis.T
+
+
+@pytest.mark.parametrize("side", ["shorter", "longer", "left", "right", "both"])
+def test_update_is_the_lifted_inner_update_of_the_projected_gradient(side):
+    params = trees.params()
+    tx = pure(side=side, scale=0.5, inner=optax.scale_by_sign())
+    grads = trees.grads(params)
+    updates, state = tx.update(grads, tx.init(params), params)
+    plans = {p.path: p for p in osub.plan(params, trees.RULES, rank=4, side=side)}
+    for name, plan in plans.items():
+        g = np.asarray(grads[name], np.float64)
+        if not plan.projected:
+            np.testing.assert_array_equal(updates[name], np.sign(g))
+            continue
+        bases = [np.asarray(b, np.float64) for b in state.projection.leaves[name].bases]
+        matrices = g.reshape(-1, *plan.matrix_shape)  # the test's axes are in order
+        got = np.asarray(updates[name]).reshape(matrices.shape)
+        bases = [b.reshape(-1, *b.shape[-2:]) for b in bases]
+        for i, matrix in enumerate(matrices):
+            low = matrix
+            for s, b in zip(plan.sides, bases, strict=True):
+                low = leaves_by_hand(low, b[i], s)[0]
+            full = np.sign(low)
+            for s, b in zip(plan.sides, bases, strict=True):
+                full = leaves_by_hand(full, b[i], s)[1](full)
+            # Entries of the low gradient next to zero may have either sign.
+            if np.abs(low).min() > 1e-4:
+                np.testing.assert_allclose(got[i], 0.5 * full, atol=1e-5)
+        for b in np.concatenate([x for x in bases]) if len(bases) == 1 else bases[0]:
+            np.testing.assert_allclose(b.T @ b, np.eye(4), atol=1e-5)
+    sides = {p.side for p in plans.values() if p.projected}
+    assert sides == {"shorter": {"left", "right"}, "longer": {"left", "right"}}.get(side, {side})
+
+
+def test_slices_of_a_stack_equal_leaves_of_their_own():
+    stack = trees.params()["stack"]
+    tx, single = pure(), pure(rules=None)
+    state = tx.init({"stack": stack})
+    states = [single.init({"w": w}) for w in stack]
+    for step in range(3):
+        grads = trees.grads({"stack": stack}, step)
+        updates, state = tx.update(grads, state)
+        for i in range(len(stack)):
+            one, states[i] = single.update({"w": grads["stack"][i]}, states[i])
+            np.testing.assert_allclose(updates["stack"][i], one["w"], rtol=2e-5, atol=1e-6)
+
+
+def test_bases_change_every_so_many_steps_and_not_between():
+    params = {"w": trees.params()["tall"]}
+    tx = pure(projector=osub.svd(every=3), rules=None)
+    state, update, seen = tx.init(params), jax.jit(tx.update), []
+    for step in range(7):
+        _, state = update(trees.grads(params, step), state)
+        seen.append(np.asarray(state.projection.leaves["w"].bases[0]))
+    for step in range(1, 7):
+        same = np.array_equal(seen[step], seen[step - 1])
+        assert same == (step % 3 != 0)
+    assert int(state.projection.count) == 7
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_of_its_leaf():
+    params = trees.params()
+    tx = pure(projector=osub.svd(every=2))
+    update = jax.jit(tx.update)
+    _, state = update(trees.grads(params, 0), tx.init(params))
+    _, state = update(trees.grads(params, 1), state)
+    grads = trees.grads(params, 2)  # the refresh is due
+    bad = dict(grads)
+    bad["tall"] = grads["tall"].at[3, 4].set(jnp.nan)
+    bad["stack"] = grads["stack"].at[1, 0, 0].set(jnp.inf)
+    bad["bias"] = grads["bias"].at[0].set(-jnp.inf)
+    updates, new = update(bad, state)
+    good_updates, good = update(grads, state)
+    for name in params:
+        skipped = name in ("tall", "stack", "bias")
+        assert int(new.projection.skipped[name]) == skipped
+        moments = lambda s, name=name: (s.inner.mu[name], s.inner.nu[name])
+        if skipped:
+            assert not np.any(updates[name])
+            chex.assert_trees_all_equal(moments(new), moments(state))
+        else:
+            np.testing.assert_array_equal(updates[name], good_updates[name])
+            chex.assert_trees_all_equal(moments(new), moments(good))
+    chex.assert_trees_all_equal(new.projection.leaves["tall"], state.projection.leaves["tall"])
+    ages = new.projection.leaves["stack"].age
+    assert ages.tolist() == [3, 2, 3], "the other slices of the stack went on"
+    # The refresh that was missed is made up for with the next gradient.
+    _, after = update(grads, new)
+    np.testing.assert_allclose(
+        after.projection.leaves["tall"].bases[0], good.projection.leaves["tall"].bases[0], atol=1e-6
+    )
+
+
+def test_first_gradients_of_nan_and_of_zero():
+    params = {"nan": trees.params()["tall"], "zero": trees.params()["wide"]}
+    tx = pure(rules=None)
+    update, state = jax.jit(tx.update), tx.init(params)
+    first = {"nan": jnp.full((20, 12), jnp.nan), "zero": jnp.zeros((12, 20))}
+    updates, state = update(first, state)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+    assert [int(leaf.age) for leaf in state.projection.leaves.values()] == [0, 0]
+    grads = trees.grads(params)
+    updates, state = update(grads, state)
+    assert [int(leaf.age) for leaf in state.projection.leaves.values()] == [1, 1]
+    for name in params:
+        basis = np.asarray(state.projection.leaves[name].bases[0])
+        np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-5)
+        assert np.any(updates[name])
+
+
+def test_zero_gradients_later_keep_the_basis():
+    params = {"w": trees.params()["tall"]}
+    tx = pure(rules=None, projector=osub.svd(every=1))
+    _, state = tx.update(trees.grads(params), tx.init(params))
+    updates, after = tx.update({"w": jnp.zeros((20, 12))}, state)
+    np.testing.assert_array_equal(
+        after.projection.leaves["w"].bases[0], state.projection.leaves["w"].bases[0]
+    )
+    chex.assert_tree_all_finite(updates)
+
+
+def test_inner_sees_projected_parameters():
+    params = {"w": trees.params()["tall"], "b": jnp.ones(12)}
+    lows = {}
+
+    def spy(updates, state, params=None):
+        lows.update(params)
+        return updates, state
+
+    inner = optax.GradientTransformation(lambda p: optax.EmptyState(), spy)
+    tx = pure(inner=inner, rules=None)
+    _, state = tx.update(trees.grads(params), tx.init(params), params)
+    q = state.projection.leaves["w"].bases[0]
+    np.testing.assert_allclose(lows["w"], params["w"] @ q, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(lows["b"], params["b"])
+    # And transformations that insist on parameters work.
+    for inner in (optax.lamb(1e-2), optax.adamw(1e-2), optax.lars(1e-2)):
+        tx = pure(inner=inner, rules=None)
+        updates, _ = tx.update(trees.grads(params), tx.init(params), params)
+        chex.assert_tree_all_finite(updates)
+
+
+@pytest.mark.parametrize("inner", ["adam", "adafactor", "lion", "trace", "rmsprop", "mixed"])
+def test_any_inner_transformation_keeps_its_state(inner):
+    inner = {
+        "adam": optax.scale_by_adam(mu_dtype=jnp.bfloat16),
+        "adafactor": optax.scale_by_factored_rms(min_dim_size_to_factor=4),
+        "lion": optax.scale_by_lion(),
+        "trace": optax.trace(0.9),
+        "rmsprop": optax.scale_by_rms(),
+        "mixed": optax.multi_transform(
+            {"a": optax.scale_by_adam(), "b": optax.trace(0.9)},
+            lambda tree: {k: "a" if k == "w" else "b" for k in tree},
+        ),
+    }[inner]
+    params = {"w": trees.params()["tall"], "b": jnp.ones(12)}
+    tx = pure(inner=inner, rules=None)
+    state = tx.init(params)
+    bad = {"w": trees.grads(params)["w"].at[0, 0].set(jnp.nan), "b": jnp.ones(12)}
+    _, once = tx.update(trees.grads(params), state, params)
+    updates, twice = tx.update(bad, once, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, once)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, twice)
+    assert not np.any(updates["w"]) and np.any(updates["b"])
+    chex.assert_tree_all_finite(twice)
+
+
+def test_scale_may_be_a_schedule_or_a_rule():
+    params = {"w": trees.params()["tall"], "v": trees.params()["wide"]}
+    grads = trees.grads(params)
+    one = pure(rules=None)
+    reference, _ = one.update(grads, one.init(params))
+    rules = [("v", osub.MatrixSpec(scale=3.0))]
+    tx = pure(scale=lambda count: 1.0 / (count + 2), rules=rules)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params))
+    np.testing.assert_allclose(updates["w"], reference["w"] / 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(updates["v"], reference["v"] * 3, rtol=1e-5, atol=1e-6)
+
+
+def test_per_rule_rank_side_and_projector():
+    params = {"w": trees.params()["tall"], "v": trees.params()["wide"]}
+    rules = [("w", osub.MatrixSpec(rank=2, side="left", projector=osub.svd(every=1)))]
+    tx = pure(rules=rules)
+    state = tx.init(params)
+    assert state.inner.mu["w"].shape == (2, 12) and state.inner.mu["v"].shape == (4, 20)
+    _, one = tx.update(trees.grads(params, 0), state)
+    _, two = tx.update(trees.grads(params, 1), one)
+    changed = lambda n: np.any(
+        np.asarray(one.projection.leaves[n].bases[0] != two.projection.leaves[n].bases[0])
+    )
+    assert changed("w") and not changed("v")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_leaves_are_updated_in_float32_arithmetic(dtype):
+    params = {"w": trees.params(dtype)["tall"]}
+    tx = pure(rules=None)
+    state = tx.init(params)
+    updates, state = tx.update(trees.grads(params), state, params)
+    assert updates["w"].dtype == dtype
+    assert state.inner.mu["w"].dtype == jnp.float32
+    wide = {"w": trees.grads(params)["w"].astype(jnp.float32)}
+    expected, _ = pure(rules=None).update(wide, pure(rules=None).init(wide))
+    np.testing.assert_allclose(
+        updates["w"].astype(jnp.float32), expected["w"].astype(dtype).astype(jnp.float32)
+    )
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        params = {"w": jnp.asarray(np.asarray(trees.params()["tall"], np.float64))}
+        tx = pure(rules=None)
+        updates, state = tx.update(trees.grads(params), tx.init(params), params)
+        assert updates["w"].dtype == state.inner.mu["w"].dtype == jnp.float64
+        basis = state.projection.leaves["w"].bases[0]
+        np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-12)
+
+
+def test_deterministic():
+    params = trees.params()
+    a, b = (jax.jit(pure().update)(trees.grads(params), pure().init(params)) for _ in range(2))
+    chex.assert_trees_all_equal(a, b)
+
+
+def test_state_is_updated_in_place():
+    """No second copy of the bases or the moments: the refresh is part of the same program."""
+    params = {"w": jnp.zeros((8, 64, 96))}
+    tx = pure(rank=16, rules=[("w", osub.MatrixSpec(1, 2))])
+    state = tx.init(params)
+    update = jax.jit(tx.update, donate_argnums=(0, 1))
+    memory = update.lower(params, state).compile().memory_analysis()
+    arrays = jax.tree.leaves((params, state))
+    total = sum(x.nbytes for x in arrays)
+    assert memory.alias_size_in_bytes >= 0.99 * total
+    low = 8 * 16 * 96 * 4
+    slice_work = 20 * 64 * 96 * 4  # the decomposition of one slice
+    assert memory.temp_size_in_bytes < 2 * low + slice_work
+
+
+def test_galore_descends_and_decays_in_full_space():
+    target = trees.params()["tall"]
+    params = {"w": jnp.zeros_like(target)}
+    loss = lambda p: jnp.mean((p["w"] - target) ** 2)
+    tx = osub.galore(0.05, rank=4, every=10, scale=1.0)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(200):
+        params, state = step(params, state)
+    assert loss(params) < 0.01 * loss({"w": jnp.zeros_like(target)})
+
+    decayed = osub.galore(0.1, rank=4, weight_decay=0.5, mask={"w": True, "b": False})
+    params = {"w": jnp.ones((20, 12)), "b": jnp.ones(12)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = decayed.update(zero, decayed.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.05)
+    assert not np.any(updates["b"])
+
+
+def test_galore_stores_moments_and_bases_as_asked():
+    params = {"w": jnp.ones((20, 12))}
+    tx = osub.galore(
+        0.1, rank=4, mu_dtype=jnp.bfloat16, nu_dtype=jnp.float16, projector_dtype=jnp.bfloat16
+    )
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    inner, leaf = state[0].inner, state[0].projection.leaves["w"]
+    assert inner.mu["w"].dtype == leaf.bases[0].dtype == jnp.bfloat16
+    assert inner.nu["w"].dtype == jnp.float16
+
+
+def test_errors_of_the_factory_and_of_foreign_states():
+    adam = optax.scale_by_adam()
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        osub.scale_by_subspace(adam, rank=0)
+    with pytest.raises(TypeError, match=r"rank must be an int, got 2\.5"):
+        osub.subspace_project(rank=2.5)
+    with pytest.raises(TypeError, match="rank"):
+        osub.subspace_project(rank=True)
+    with pytest.raises(ValueError, match=r"side must be one of .* got 'short'"):
+        osub.scale_by_subspace(adam, side="short")
+    with pytest.raises(TypeError, match="projector must be a Projector"):
+        osub.scale_by_subspace(adam, projector="svd")
+    with pytest.raises(ValueError, match="every or projector"):
+        osub.galore(0.1, every=3, projector=osub.svd())
+    with pytest.raises(ValueError, match="every must be a positive"):
+        osub.svd(every=0)
+    with pytest.raises(ValueError, match="method must be one of"):
+        osub.svd(method="exact")
+    params = {"w": jnp.ones((20, 12))}
+    state = pure(rank=4, rules=None).init(params)
+    with pytest.raises(ValueError, match=r"parameter w: .*\(12, 4\).*\(12, 5\)"):
+        pure(rank=5, rules=None).update(params, state)
+    with pytest.raises(ValueError, match="other parameters"):
+        pure(rank=4, rules=None).update({"v": jnp.ones((20, 12))}, state)
+
+    wrong = osub.Projector(lambda *a: (), lambda g, b, s: (b[:, :2], s))
+    tx = pure(rules=None, projector=wrong)
+    with pytest.raises(ValueError, match=r"basis of shape \(12, 2\), expected \(12, 4\)"):
+        tx.update(params, tx.init(params))

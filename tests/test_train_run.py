@@ -1,0 +1,260 @@
+"""Whole runs of the trainer, most in processes of their own: kill, signals, resume, figures."""
+
+import json
+import shlex
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.train_helpers import TINY, finish, kill_at, signal_at, start, steps_in, write_text
+from train import loop
+from train.cli import main
+
+LAST = 40
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Options of the small run: its text and a shared cache."""
+    folder = tmp_path_factory.mktemp("text")
+    return [
+        *TINY,
+        *["--data.path", str(write_text(folder / "text"))],
+        *["--data.cache_dir", str(folder / "cache")],
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(words, tmp_path_factory):
+    """A run that nothing disturbs: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    out, _ = finish(start([*words, "--run_dir", str(folder)]))
+    return folder, out
+
+
+def parameters(folder: Path, step: int = LAST):
+    """All arrays of a checkpoint, by path."""
+    path = (folder / "checkpoints" / str(step) / "state").absolute()
+    tree = ocp.StandardCheckpointer().restore(path)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_run(folder: Path, reference: Path):
+    mine, theirs = parameters(folder), parameters(reference)
+    assert mine.keys() == theirs.keys()
+    for path in theirs:
+        np.testing.assert_array_equal(mine[path], theirs[path], err_msg=path)
+        assert mine[path].dtype == theirs[path].dtype
+    assert (folder / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_says_and_leaves_what_it_should(reference):
+    folder, out = reference
+    for part in (
+        "What is projected:",
+        "layers/q/kernel",
+        "AdamW's would be",
+        "temporaries",
+        "step 40 of 40",
+        "perplexity",
+        "bits per byte",
+        "unigram entropy",
+        "tokens/s",
+        str(folder / "checkpoints" / str(LAST)),
+        str(folder / "metrics.jsonl"),
+        str(folder / "loss.png"),
+    ):
+        assert part in out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in train] == list(range(1, LAST + 1))
+    assert train[-1]["loss"] < train[0]["loss"] - 0.5
+    assert all(row["effective_learning_rate"] == row["learning_rate"] * 0.25 for row in train)
+    assert [row["step"] for row in rows if row["kind"] == "validation"] == [15, 30]
+    final = rows[-1]
+    assert final["kind"] == "final" and final["tokens"] == LAST * 32
+    assert final["validation_perplexity"] == pytest.approx(np.exp(final["validation_loss"]))
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["35", "40"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["optimizer.learning_rate"] == 0.01 and config["train.steps"] == LAST
+
+
+def test_killed_runs_end_bit_equal(words, reference, tmp_path):
+    folder = tmp_path / "run"
+    command = [*words, "--run_dir", str(folder)]
+    # First in the middle of saving step 21, then somewhere after step 30.
+    die_while_saving = (
+        "import os, signal\n"
+        "from train import cache\n"
+        "real = cache.write_checksums\n"
+        "def write(folder, manifest):\n"
+        "    if folder.name.endswith('21'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    real(folder, manifest)\n"
+        "cache.write_checksums = write"
+    )
+    finish(start(command, die_while_saving), -signal.SIGKILL)
+    assert steps_in(folder / "metrics.jsonl") == 21
+    process = start([*command, "--resume"])
+    kill_at(process, folder / "metrics.jsonl", 31)
+    out, _ = finish(start([*command, "--resume"]))
+    assert "Going on in" in out
+    assert_same_run(folder, reference[0])
+
+
+def test_a_half_written_checkpoint_is_reported(words, reference, tmp_path):
+    folder = tmp_path / "run"
+    command = [*words, "--run_dir", str(folder)]
+    finish(
+        start(
+            command,
+            "import os, signal\nfrom train import cache\n"
+            "cache.write_checksums = lambda folder, manifest: (\n"
+            "    os.kill(os.getpid(), signal.SIGKILL) if 'saving-7' in str(folder) else None)",
+        ),
+        -signal.SIGKILL,
+    )
+    # There is no whole checkpoint yet: the same command begins at the first step.
+    out, _ = finish(start([*command, "--resume"]))
+    assert "step 7 is half-written" in out and "beginning at the first step" in out
+    assert_same_run(folder, reference[0])
+
+
+def test_sigterm_saves_and_the_printed_command_resumes(words, reference, tmp_path):
+    folder = tmp_path / "run"
+    process = start([*words, "--run_dir", str(folder)])
+    signal_at(process, folder / "metrics.jsonl", 3, signal.SIGTERM)
+    _, err = finish(process, 128 + signal.SIGTERM)
+    assert err.count("\n") == 1 and "go on with: python -m train" in err
+    command = shlex.split(err.split("go on with: python -m train ")[1])
+    out, _ = finish(start(command))
+    assert "after step" in out
+    assert_same_run(folder, reference[0])
+
+
+def test_ctrl_c_twice_and_resuming_a_finished_run(words, reference, tmp_path, capsys):
+    """In this process: the handlers are put back, and a finished run may be resumed."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    folder = reference[0]
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    assert main([*words, "--run_dir", str(folder), "--resume"]) == 0
+    assert "no step was left to train" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with loop.Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_adamw_takes_the_same_way(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = [*words, "--train.steps", "12", "--optimizer.name", "adamw"]
+    # The keys that galore alone reads are refused with adamw.
+    for key in ("--optimizer.rank", "--optimizer.every"):
+        at = run.index(key)
+        del run[at : at + 2]
+    assert main(run) == 0
+    out = capsys.readouterr().out
+    assert "Nothing is projected" in out and "this is 100.0%" in out
+    folder = tmp_path / "runs" / "quickstart-tiny-adamw"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["kind"] == "final"
+    assert rows[0]["effective_learning_rate"] == rows[0]["learning_rate"]
+    # The same words again take the next free folder, a named one is refused.
+    assert main([*run, "--run_dir", "runs/quickstart-tiny-adamw"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(run) == 0
+    assert (tmp_path / "runs" / "quickstart-tiny-adamw-2" / "loss.png").exists()
+    # --resume takes the newest; another configuration is refused with the key's name.
+    assert main([*run, "--resume", "--train.seed", "5"]) == 2
+    err = capsys.readouterr().err
+    assert "adamw-2" in err and "--train.seed is 0 there and 5 here" in err
+    assert err.count("\n") == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run(words, tmp_path, capsys, monkeypatch):
+    real = loop.make_train_step
+
+    class Poisoned:
+        """The compiled step, with the loss of step 10 replaced."""
+
+        def __init__(self, compiled):
+            self.compiled, self.steps = compiled, 0
+
+        def memory_analysis(self):
+            return self.compiled.memory_analysis()
+
+        def __call__(self, state, windows):
+            self.steps += 1
+            state, metrics = self.compiled(state, windows)
+            bad = metrics.loss * float("nan")
+            return state, metrics._replace(loss=bad) if self.steps == 10 else metrics
+
+    class Lowered:
+        def __init__(self, *arguments):
+            self.step = real(*arguments)
+
+        def lower(self, *arguments):
+            self.lowered = self.step.lower(*arguments)
+            return self
+
+        def compile(self):
+            return Poisoned(self.lowered.compile())
+
+    monkeypatch.setattr(loop, "make_train_step", Lowered)
+    folder = tmp_path / "run"
+    assert main([*words, "--run_dir", str(folder)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: the loss is nan at step 10;") and err.count("\n") == 1
+    assert "checkpoints/7" in err
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["7"]
+    assert steps_in(folder / "metrics.jsonl") == 9
+
+
+def test_the_step_is_compiled_once(words, tmp_path, monkeypatch):
+    """By a count of traces, and by JAX's own event for each back-end compilation."""
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: events.append(name) if "backend_compile" in name else None
+    )
+    traces = []
+    real = loop.make_train_step
+
+    def counted(model, optimizer):
+        schedule = optimizer.schedule
+        # The schedule is called while the step is traced, and never otherwise.
+        return real(
+            model, optimizer._replace(schedule=lambda t: (traces.append(t), schedule(t))[1])
+        )
+
+    monkeypatch.setattr(loop, "make_train_step", counted)
+    monkeypatch.setattr(loop.Trainer, "_finish", lambda self, *_: None)
+    counts = []
+    for name, extra in (("a", ["--train.steps", "16"]), ("b", ["--train.steps", "32"])):
+        traces.clear()
+        before = len(events)
+        assert main([*words, *extra, "--run_dir", str(tmp_path / name)]) == 0
+        counts.append(len(events) - before)
+        assert len(traces) == 1
+    # Twice the steps, three times the evaluations: not one compilation more.
+    assert counts[1] <= counts[0]
+    assert counts[0] > 0
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_end_bit_equal(words, reference, tmp_path):
+    rng = np.random.default_rng(0)
+    for attempt in range(4):
+        folder = tmp_path / str(attempt)
+        command = [*words, "--run_dir", str(folder)]
+        kill_at(start(command), folder / "metrics.jsonl", int(rng.integers(1, 15)))
+        kill_at(start([*command, "--resume"]), folder / "metrics.jsonl", int(rng.integers(16, 33)))
+        finish(start([*command, "--resume"]))
+        assert_same_run(folder, reference[0])

@@ -1,0 +1,95 @@
+"""A run so small that a test can afford it, in this process or in one of its own."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# 40 steps; a checkpoint falls into the middle of a projector's ten steps.
+TINY = [
+    *["--model.num_layers", "1", "--model.hidden_size", "32", "--model.intermediate_size", "48"],
+    *["--model.num_heads", "2", "--model.vocab_size", "320", "--data.vocab_size", "320"],
+    *["--train.batch_size", "2", "--train.sequence_length", "16", "--train.steps", "40"],
+    *["--train.eval_every", "15", "--train.eval_batches", "2", "--log.print_every", "10"],
+    *["--optimizer.rank", "4", "--optimizer.every", "10", "--checkpoint.every", "7"],
+]
+
+
+def write_text(folder: Path, documents: int = 12) -> Path:
+    """A folder of small documents made of few words."""
+    rng = random.Random(0)
+    words = [
+        "the",
+        "nation",
+        "and",
+        "its",
+        "people",
+        "hold",
+        "that",
+        "law",
+        "work",
+        "peace",
+        "trade",
+        "war",
+        "land",
+        "shall",
+        "be",
+    ]
+    words += [a + b for a in ("re", "un", "con", "pro") for b in ("form", "duct", "serve", "tain")]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        sentences = [" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(12)]
+        (folder / f"{number:02}.txt").write_text("\n".join(sentences))
+    return folder
+
+
+def start(arguments: list[str], prologue: str = "", cwd: Path = ROOT) -> subprocess.Popen:
+    """`python -m train` in a process of its own; `prologue` is code that it runs first."""
+    code = f"{prologue}\nimport sys\nfrom train.cli import main\nsys.exit(main())"
+    program = ["-c", code] if prologue else ["-m", "train"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)
+    return subprocess.Popen(
+        [sys.executable, *program, *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+    """Waits for the process, checks its exit code, and returns stdout and stderr."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, (process.returncode, out[-3000:], err[-3000:])
+    return out, err
+
+
+def signal_at(process: subprocess.Popen, metrics: Path, step: int, number: int) -> None:
+    """Sends the signal as soon as the row of `step` is in the file."""
+    deadline = time.monotonic() + 200
+    while steps_in(metrics) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.003)
+    process.send_signal(number)
+
+
+def kill_at(process: subprocess.Popen, metrics: Path, step: int) -> None:
+    """kill -9 as soon as the row of `step` is in the file."""
+    signal_at(process, metrics, step, signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+
+
+def steps_in(metrics: Path) -> int:
+    """The last whole row's step, 0 without any."""
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
