@@ -24,7 +24,7 @@ SMALL = LlamaConfig(
     intermediate_size=48,
     num_heads=4,
     num_kv_heads=2,
-    num_layers=3,
+    num_layers=2,
     initializer_range=0.2,
 )
 
@@ -214,15 +214,15 @@ class TestParameters:
         assert shapes["head"] == {"kernel": (32, 61)}
         assert shapes["norm"] == {"scale": (32,)}
         assert shapes["layers"] == {
-            "attention_norm": {"scale": (3, 32)},
-            "mlp_norm": {"scale": (3, 32)},
-            "q": {"kernel": (3, 32, 32)},
-            "k": {"kernel": (3, 32, 16)},
-            "v": {"kernel": (3, 32, 16)},
-            "o": {"kernel": (3, 32, 32)},
-            "gate": {"kernel": (3, 32, 48)},
-            "up": {"kernel": (3, 32, 48)},
-            "down": {"kernel": (3, 48, 32)},
+            "attention_norm": {"scale": (2, 32)},
+            "mlp_norm": {"scale": (2, 32)},
+            "q": {"kernel": (2, 32, 32)},
+            "k": {"kernel": (2, 32, 16)},
+            "v": {"kernel": (2, 32, 16)},
+            "o": {"kernel": (2, 32, 32)},
+            "gate": {"kernel": (2, 32, 48)},
+            "up": {"kernel": (2, 32, 48)},
+            "down": {"kernel": (2, 48, 32)},
         }
         assert "head" not in params_of(dataclasses.replace(SMALL, tie_embeddings=True))
 
@@ -273,9 +273,8 @@ class TestForms:
     TOKENS = tokens_of(SMALL)
 
     def reference(self, **changes):
-        config = dataclasses.replace(
-            SMALL, attention="einsum", loss="logits", unroll=SMALL.num_layers, **changes
-        )
+        config = dataclasses.replace(SMALL, attention="einsum", loss="logits", **changes)
+        config = dataclasses.replace(config, unroll=config.num_layers)
         params = params_of(config)
         return config, params, loss_and_grads(config, params, self.TOKENS)
 
@@ -283,17 +282,17 @@ class TestForms:
         "change",
         [
             {"unroll": 1},
-            {"unroll": 2},
             {"remat": True},
             {"remat": True, "unroll": 1},
-            {"attention": "dot_product", "loss": "fused"},
-            {"attention": "blocked"},
+            {"num_layers": 5, "unroll": 2},
+            {"attention": "dot_product", "tie_embeddings": True, "loss": "fused"},
+            {"attention": "blocked", "tie_embeddings": True, "loss": "fused"},
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("tied", [False, True])
-    def test_same_loss_and_gradients(self, change, tied):
-        config, params, expected = self.reference(tie_embeddings=tied)
+    def test_same_loss_and_gradients(self, change):
+        shape = {k: v for k, v in change.items() if k in ("num_layers", "tie_embeddings")}
+        config, params, expected = self.reference(**shape)
         close(
             loss_and_grads(dataclasses.replace(config, **change), params, self.TOKENS),
             expected,
@@ -338,7 +337,7 @@ class TestForms:
                 return cls(*children)
 
         for unroll in (1, SMALL.num_layers):
-            config = dataclasses.replace(SMALL, unroll=unroll)
+            config = dataclasses.replace(SMALL, attention="einsum", unroll=unroll)
             params = params_of(config)
             kernel = params["layers"]["down"]["kernel"]
 
@@ -352,7 +351,7 @@ class TestForms:
 
 class TestAttention:
     @pytest.mark.parametrize("name", attention.IMPLEMENTATIONS)
-    @pytest.mark.parametrize(("kv", "length"), [(4, 1), (1, 7), (4, 128), (2, 300)])
+    @pytest.mark.parametrize(("kv", "length"), [(1, 7), (4, 256), (2, 300)])
     def test_agrees_with_a_loop_over_heads(self, name, kv, length):
         keys = jax.random.split(jax.random.key(0), 4)
         q, up = (jax.random.normal(key, (2, length, 4, 8)) for key in keys[:2])
@@ -393,7 +392,7 @@ class TestAttention:
 
 
 class TestLoss:
-    @pytest.mark.parametrize("size", [1, 100, 256, 700])
+    @pytest.mark.parametrize("size", [1, 700])
     def test_fused_equals_logits(self, size):
         keys = jax.random.split(jax.random.key(0), 4)
         x, kernel = jax.random.normal(keys[0], (size, 16)), jax.random.normal(keys[1], (16, 33))
