@@ -136,6 +136,11 @@ class Subspace:
         rule = plan.projector or self.projector
         matrices = to_matrices(leaf, plan)
         due = old.age % rule.every == 0
+        # The whole leaf is skipped if any of it is not finite. On other steps the low-rank gradient
+        # tells, and the full one need not be read again.
+        due &= jax.lax.cond(
+            jnp.any(due), lambda: jnp.all(jnp.isfinite(matrices)), lambda: jnp.array(False)
+        )
         bases, states = [], []
         for side, basis, state in zip(plan.sides, old.bases, old.rule, strict=True):
             facing = matrices if side == "left" else jnp.swapaxes(matrices, -1, -2)
@@ -143,8 +148,7 @@ class Subspace:
             bases.append(basis)
             states.append(state)
         low = project(matrices, tuple(bases), plan)
-        # One NaN or infinity anywhere makes the low-rank gradient non-finite too, so the full one
-        # need not be read again. A slice without any gradient yet has no basis yet.
+        # A slice without any gradient yet has no basis yet.
         started = (old.age > 0) | jnp.any(low != 0, axis=(-2, -1))
         ages = old.age + (started & jnp.all(jnp.isfinite(low))).astype(jnp.int32)
         return low, LeafBasis(tuple(bases), tuple(states), ages)
@@ -171,11 +175,8 @@ def _refresh(rule: Projector, due: jax.Array, matrices: jax.Array, basis: jax.Ar
         take = lambda x: jax.lax.dynamic_index_in_dim(x, slice_, keepdims=False)
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), slice_, 0)
         gradient, old = take(matrices), jax.tree.map(take, carry)
-        largest = jnp.max(jnp.abs(gradient))
         new = jax.lax.cond(
-            jnp.isfinite(largest) & (largest > 0),
-            lambda: _apply(rule, gradient, *old),
-            lambda: old,
+            jnp.any(gradient != 0), lambda: _apply(rule, gradient, *old), lambda: old
         )
         return jax.tree.map(put, carry, new)
 
