@@ -1,6 +1,7 @@
 """Subspace optimizers for JAX: GaLore and its kin as composable optax transformations."""
 
 from optax_subspace._alias import galore
+from optax_subspace._bases import LeafBasis, ProjectionState
 from optax_subspace._chaining import (
     InSubspaceState,
     in_subspace,
@@ -11,12 +12,7 @@ from optax_subspace._chaining import (
 from optax_subspace._describe import Description, describe
 from optax_subspace._leaves import LeafPlan, MatrixSpec, plan
 from optax_subspace._projectors import Projector, svd
-from optax_subspace._subspace import (
-    LeafBasis,
-    ProjectionState,
-    SubspaceState,
-    scale_by_subspace,
-)
+from optax_subspace._subspace import SubspaceState, scale_by_subspace
 
 __version__ = "0.1.0"
 

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from optax_subspace._bases import ProjectionState, Subspace
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan, Rules
 from optax_subspace._projectors import Projector
-from optax_subspace._subspace import ProjectionState, Subspace, inner_update, low_rank_tree
+from optax_subspace._subspace import inner_update, low_rank_tree
 
 _slot = threading.local()
 
@@ -69,7 +70,7 @@ def subspace_project(
     def init_fn(params):
         state, plans = subspace.init(params)
         leaves = tuple(_reference(x) for x in jax.tree.leaves(params))
-        _slot.offer = _Offer(leaves, plans, _reference(state.count))
+        _slot.offer = _Offer(leaves, plans, _reference(state.steps))
         return state
 
     def update_fn(updates, state: ProjectionState, params=None, **extra_args):
@@ -115,6 +116,7 @@ def in_subspace(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
     def update_fn(updates, state, params=None, **extra_args):
         _slot.offer = None
+        structure: Any
         leaves, structure = jax.tree.flatten(updates, is_leaf=_is_handed)
         handed = [x for x in leaves if _is_handed(x)]
         if bool(handed) != isinstance(state, InSubspaceState) and leaves:

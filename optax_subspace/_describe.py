@@ -1,15 +1,18 @@
-"""What an optimizer does with every leaf, as a table."""
+"""What an optimizer does with every leaf: the table, and the warnings about missing rules."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from optax_subspace._leaves import LeafPlan, suggested_rule
-from optax_subspace._recording import recording
+from optax_subspace._leaves import LeafPlan, Rules, compile_rules
 
 
 class Description(NamedTuple):
@@ -33,7 +36,9 @@ class Description(NamedTuple):
             rows.append((p.path, _times(p.shape), p.side or "-", rank, low, p.reason))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row[:5], widths, strict=True)), row[5]]).rstrip()
+            "  ".join(
+                [*(c.ljust(w) for c, w in zip(row[:5], widths, strict=True)), row[5]]
+            ).rstrip()
             for row in rows
         ]
         total = sum(math.prod(p.shape) for p in self.leaves)
@@ -80,3 +85,58 @@ def _bytes(tree: Any) -> int:
 
 def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
+
+
+def unmatched_patterns(plans: Iterable[LeafPlan], rules: Rules | None) -> list[str]:
+    """The patterns of ``rules`` that match no leaf of the plan."""
+    paths = [p.path for p in plans]
+    return [r.pattern for r, _ in compile_rules(rules) if not any(r.search(p) for p in paths)]
+
+
+def warn_about_rules(plans: Sequence[LeafPlan], rules: Rules | None) -> None:
+    """Warns of a pattern that matches nothing and of many parameters that lack a rule."""
+    for pattern in unmatched_patterns(plans, rules) if plans else ():
+        warnings.warn(
+            f"the rule {pattern!r} matches no parameter; paths look like {plans[0].path!r}",
+            UserWarning,
+            stacklevel=4,
+        )
+    total = sum(math.prod(p.shape) for p in plans)
+    wanting = [p for p in plans if p.wants_rule]
+    left = sum(math.prod(p.shape) for p in wanting)
+    if left * 10 > total:
+        largest = max(wanting, key=lambda p: math.prod(p.shape))
+        warnings.warn(
+            f"{100 * left / total:.0f} % of the parameters are not projected for want of a rule, "
+            f"the largest being {largest.path} {largest.shape}. Pass {suggested_rule(largest)}, or "
+            f"rules=[({largest.path!r}, None)] to leave it at full rank.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def suggested_rule(leaf: LeafPlan) -> str:
+    """A rule, as Python source, that would project ``leaf`` on its last two axes."""
+    axes = f"reduction_axis={len(leaf.shape) - 2}, output_axis={len(leaf.shape) - 1}"
+    return f"rules=[({leaf.path!r}, MatrixSpec({axes}))]"
+
+
+_local = threading.local()
+
+
+def record(plans: list[Any]) -> None:
+    """Adds plans to the innermost open recording of this thread, if there is one."""
+    recordings = getattr(_local, "recordings", None)
+    if recordings:
+        recordings[-1].extend(plans)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Any]]:
+    """Collects what :func:`record` is given within the block."""
+    recordings = _local.__dict__.setdefault("recordings", [])
+    recordings.append([])
+    try:
+        yield recordings[-1]
+    finally:
+        recordings.pop()

@@ -49,15 +49,15 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
         f"the low-rank gradient{where} came from subspace_project to a transformation that works "
         f"in full space. Write optax.chain({project}, optax_subspace.scale_by_adam(), "
         f"optax.scale_by_learning_rate(1e-2)), or, for any other member X, optax.chain({project}, "
-        "in_subspace(X), ...). Clipping of the whole gradient goes before subspace_project, learning "
-        "rate and weight decay after the member in the subspace."
+        "in_subspace(X), ...). Clipping of the whole gradient goes before subspace_project, "
+        "learning rate and weight decay after the member in the subspace."
     )
 
 
-_OPERATORS = "add sub mul truediv floordiv mod pow matmul lshift rshift and or xor"
-for _name in [f"__{r}{op}__" for op in _OPERATORS.split() for r in ("", "r")]:
-    setattr(LowRankUpdate, _name, _refuse)
-for _name in "neg pos abs invert lt le gt ge len iter getitem array jax_array float int bool".split():
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_OTHER = ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "len", "iter", "getitem")
+_CONVERSIONS = ("array", "jax_array", "float", "int", "bool")
+for _name in (*_BINARY, *(f"r{b}" for b in _BINARY), *_OTHER, *_CONVERSIONS):
     setattr(LowRankUpdate, f"__{_name}__", _refuse)
 for _name in ("shape", "dtype", "ndim", "size", "T", "astype", "reshape", "sum", "mean"):
     setattr(LowRankUpdate, _name, property(_refuse))

@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -180,43 +179,9 @@ def plan(
     """
     check_rank(rank)
     check_side(side)
-    compiled = _compile(rules)
+    compiled = compile_rules(rules)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return [_plan_leaf(path_name(path), leaf, compiled, rank, side) for path, leaf in leaves]
-
-
-def unmatched_patterns(plans: Iterable[LeafPlan], rules: Rules | None) -> list[str]:
-    """The patterns of ``rules`` that match no leaf of the plan."""
-    paths = [p.path for p in plans]
-    return [r.pattern for r, _ in _compile(rules) if not any(r.search(p) for p in paths)]
-
-
-def warn_about_rules(plans: Sequence[LeafPlan], rules: Rules | None) -> None:
-    """Warns of a pattern that matches nothing and of many parameters that lack a rule."""
-    for pattern in unmatched_patterns(plans, rules) if plans else ():
-        warnings.warn(
-            f"the rule {pattern!r} matches no parameter; paths look like {plans[0].path!r}",
-            UserWarning,
-            stacklevel=4,
-        )
-    total = sum(math.prod(p.shape) for p in plans)
-    wanting = [p for p in plans if p.wants_rule]
-    left = sum(math.prod(p.shape) for p in wanting)
-    if left * 10 > total:
-        largest = max(wanting, key=lambda p: math.prod(p.shape))
-        warnings.warn(
-            f"{100 * left / total:.0f} % of the parameters are not projected for want of a rule, "
-            f"the largest being {largest.path} {largest.shape}. Pass {suggested_rule(largest)}, or "
-            f"rules=[({largest.path!r}, None)] to leave it at full rank.",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-def suggested_rule(leaf: LeafPlan) -> str:
-    """A rule, as Python source, that would project ``leaf`` on its last two axes."""
-    axes = f"reduction_axis={len(leaf.shape) - 2}, output_axis={len(leaf.shape) - 1}"
-    return f"rules=[({leaf.path!r}, MatrixSpec({axes}))]"
 
 
 def check_rank(rank: Any) -> None:
@@ -261,7 +226,7 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def _compile(rules: Rules | None) -> list[tuple[re.Pattern[str], DimensionNumbers | None]]:
+def compile_rules(rules: Rules | None) -> list[tuple[re.Pattern[str], DimensionNumbers | None]]:
     compiled = []
     for rule in rules or ():
         if isinstance(rule, str) or len(rule) != 2:
@@ -343,7 +308,8 @@ def _axes(path, shape, spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
             if not -len(shape) <= a < len(shape):
                 raise ValueError(
                     f"parameter {path} of shape {shape} has no axis {a}: correct "
-                    f"reduction_axis={spec.reduction_axis}, output_axis={spec.output_axis} of its rule"
+                    f"reduction_axis={spec.reduction_axis}, output_axis={spec.output_axis} of its "
+                    "rule"
                 )
         return tuple(a % len(shape) for a in axes)
 

@@ -151,13 +151,17 @@ def wrappers():
     )
     return {
         "masked": optax.masked(small_chain(), mask),
-        "multi_transform": optax.multi_transform({"wide": optax.adam(1e-2), "rest": small_chain()}, label),
+        "multi_transform": optax.multi_transform(
+            {"wide": optax.adam(1e-2), "rest": small_chain()}, label
+        ),
         "two_chains": optax.multi_transform({"wide": small_chain(2), "rest": small_chain()}, label),
         "inject": optax.inject_hyperparams(rate)(learning_rate=1e-2),
         "multi_steps": optax.MultiSteps(small_chain(), 1).gradient_transformation(),
         "apply_if_finite": optax.apply_if_finite(small_chain(), 3),
         "nested": optax.chain(optax.clip(1e9), optax.chain(small_chain())),
-        "named": optax.named_chain(("a", osub.subspace_project(4)), ("b", osub.scale_by_adam()), ("c", RATE)),
+        "named": optax.named_chain(
+            ("a", osub.subspace_project(4)), ("b", osub.scale_by_adam()), ("c", RATE)
+        ),
         "flatten_after": optax.chain(small_chain(), optax.flatten(optax.identity())),
         "lookahead_free": optax.contrib.schedule_free(small_chain(), 1e-2),
     }
@@ -212,9 +216,7 @@ def test_orbax_round_trip(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(
-            tmp_path / "state", jax.eval_shape(chained().init, params)
-        )
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(chained().init, params))
     chex.assert_trees_all_equal(state, restored)
     update = jax.jit(chained().update)
     a, _ = update(trees.grads(params, 9), state, params)
@@ -303,7 +305,9 @@ def test_any_other_member_raises_and_shows_the_line(name, compiled):
     update = jax.jit(tx.update) if compiled else tx.update
     with pytest.raises(TypeError) as error:
         update(params, state, params)
-    assert "optax.chain(subspace_project(rank=4), optax_subspace.scale_by_adam()" in str(error.value)
+    assert "optax.chain(subspace_project(rank=4), optax_subspace.scale_by_adam()" in str(
+        error.value
+    )
     assert "in_subspace(" in str(error.value)
 
 

@@ -6,12 +6,12 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from models import attention, backend, losses
 from models.config import PRESETS, LlamaConfig
@@ -88,9 +88,17 @@ def tokens_of(config, batch=2, length=12, seed=0):
     return jax.random.randint(key, (batch, length + 1), 0, config.vocab_size, jnp.int32)
 
 
-@functools.lru_cache
 def params_of(config, seed=0):
-    return jax.jit(lambda key: init_params(config, key))(jax.random.key(seed))
+    """Random values in the shapes of `init_params`, which itself takes seconds to compile."""
+    rng = np.random.default_rng(seed)
+
+    def value(leaf):
+        return jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    params = jax.tree.map(value, jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    for norm in (params["norm"], *(params["layers"][n] for n in ("attention_norm", "mlp_norm"))):
+        norm["scale"] += 1
+    return params
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -107,6 +115,9 @@ def loss_of(config, params, tokens, mask=None):
 def loss_and_grads(config, params, tokens, mask=None):
     return jax.value_and_grad(lambda params: loss_of(config, params, tokens, mask)[0])(params)
 
+
+# One layer, where the number of layers does not matter: programs compile faster.
+SHALLOW = dataclasses.replace(SMALL, num_layers=1)
 
 # Every attention and every loss, without their whole product.
 PAIRS = [("dot_product", "logits"), ("einsum", "fused"), ("blocked", "fused")]
@@ -143,7 +154,12 @@ class TestHuggingFace:
 
 
 class TestConfig:
-    KNOWN = {"60m": 58_073_600, "130m": 134_105_856, "350m": 367_969_280, "1b": 1_339_082_752}
+    KNOWN: ClassVar = {
+        "60m": 58_073_600,
+        "130m": 134_105_856,
+        "350m": 367_969_280,
+        "1b": 1_339_082_752,
+    }
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_preset_shapes_count_to_the_formula(self, name):
@@ -163,7 +179,7 @@ class TestConfig:
     @pytest.mark.parametrize("tied", [False, True])
     def test_count_with_grouped_heads_and_ties(self, kv, tied):
         config = dataclasses.replace(SMALL, num_kv_heads=kv, tie_embeddings=tied)
-        params = params_of(config)
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == config.num_params()
 
     @pytest.mark.parametrize(
@@ -192,7 +208,11 @@ class TestConfig:
             assert part in str(error.value)
 
     def test_every_implementation_can_be_chosen(self):
-        kinds = {f.name: f.type.__args__ for f in dataclasses.fields(SMALL) if f.name in ("attention", "loss")}
+        kinds = {
+            f.name: f.type.__args__
+            for f in dataclasses.fields(SMALL)
+            if f.name in ("attention", "loss")
+        }
         assert set(kinds["attention"]) == {"auto", *attention.IMPLEMENTATIONS}
         assert set(kinds["loss"]) == {"auto", *losses.IMPLEMENTATIONS}
 
@@ -207,9 +227,9 @@ class TestConfig:
 
 class TestParameters:
     def test_paths_and_shapes(self):
-        params = params_of(SMALL)
+        params = jax.eval_shape(lambda: init_params(SMALL, jax.random.key(0)))
         assert type(params) is dict and type(params["layers"]["q"]) is dict
-        shapes = jax.tree.map(jnp.shape, params)
+        shapes = jax.tree.map(lambda leaf: leaf.shape, params)
         assert shapes["embed"] == {"embedding": (61, 32)}
         assert shapes["head"] == {"kernel": (32, 61)}
         assert shapes["norm"] == {"scale": (32,)}
@@ -227,21 +247,22 @@ class TestParameters:
         assert "head" not in params_of(dataclasses.replace(SMALL, tie_embeddings=True))
 
     def test_initial_values(self):
-        params = params_of(SMALL, 1)
+        init = jax.jit(lambda key: init_params(SMALL, key))
+        params = init(jax.random.key(1))
         assert jnp.all(params["layers"]["mlp_norm"]["scale"] == 1)
         for leaf in (params["embed"]["embedding"], params["layers"]["gate"]["kernel"]):
-            np.testing.assert_allclose(jnp.std(leaf), 0.2, rtol=0.1)
+            np.testing.assert_allclose(jnp.std(leaf), SMALL.initializer_range, rtol=0.1)
         kernel = params["layers"]["q"]["kernel"]
         assert not jnp.any(kernel[0] == kernel[1]), "layers share a key"
-        again = params_of.__wrapped__(SMALL, 1)
-        assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), params, again))
+        same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), params, init(jax.random.key(1)))
+        assert jax.tree.all(same)
 
     def test_split_and_merge_are_inverse(self):
         model = Llama(SMALL)
         definition, params = split(model)
         assert definition == graphdef(SMALL)
         tokens = tokens_of(SMALL)
-        close(logits_of(SMALL, params, tokens), nnx.jit(lambda m, t: m(t))(model, tokens), 1e-6)
+        close(logits_of(SMALL, params, tokens), jax.jit(model.__call__)(tokens), 1e-6)
 
     def test_abstract_7b_allocates_nothing(self):
         config = dataclasses.replace(PRESETS["7b"], param_dtype="bfloat16", dtype="bfloat16")
@@ -336,16 +357,15 @@ class TestForms:
             def tree_unflatten(cls, _, children):
                 return cls(*children)
 
+        params = params_of(SMALL)
+        kernel = params["layers"]["down"]["kernel"]
+
+        def with_down(kernel):
+            return {**params, "layers": {**params["layers"], "down": {"kernel": kernel}}}
+
+        expected = logits_of(SMALL, with_down(2 * kernel), self.TOKENS)
         for unroll in (1, SMALL.num_layers):
-            config = dataclasses.replace(SMALL, attention="einsum", unroll=unroll)
-            params = params_of(config)
-            kernel = params["layers"]["down"]["kernel"]
-
-            def with_down(kernel, params=params):
-                layers = {**params["layers"], "down": {"kernel": kernel}}
-                return {**params, "layers": layers}
-
-            expected = logits_of(config, with_down(2 * kernel), self.TOKENS)
+            config = dataclasses.replace(SMALL, unroll=unroll)
             close(logits_of(config, with_down(Doubled(kernel)), self.TOKENS), expected, 1e-5)
 
 
@@ -383,7 +403,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("name", attention.IMPLEMENTATIONS)
     def test_causal(self, name):
-        config = dataclasses.replace(SMALL, attention=name)
+        config = dataclasses.replace(SHALLOW, attention=name)
         params, tokens = params_of(config), tokens_of(config, length=11)
         changed = tokens.at[:, 7].set((tokens[:, 7] + 1) % config.vocab_size)
         before, after = (logits_of(config, params, each) for each in (tokens, changed))
@@ -408,7 +428,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("name", losses.IMPLEMENTATIONS)
     def test_mask(self, name):
-        config = dataclasses.replace(SMALL, loss=name)
+        config = dataclasses.replace(SHALLOW, loss=name)
         params, tokens = params_of(config), tokens_of(config)
         mask = jnp.arange(12)[None, :] < jnp.array([[12], [5]])
         loss, count = loss_of(config, params, tokens, mask)
@@ -427,7 +447,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("name", losses.IMPLEMENTATIONS)
     def test_nothing_unmasked_is_zero_not_nan(self, name):
-        config = dataclasses.replace(SMALL, loss=name)
+        config = dataclasses.replace(SHALLOW, loss=name)
         params, tokens = params_of(config), tokens_of(config)
         loss, grads = loss_and_grads(config, params, tokens, jnp.zeros((2, 12), bool))
         assert loss == 0
@@ -437,8 +457,8 @@ class TestLoss:
 class TestNumerics:
     @pytest.mark.parametrize(("name", "loss"), PAIRS)
     def test_bfloat16_compute_on_float32_parameters(self, name, loss):
-        config = dataclasses.replace(SMALL, attention=name, loss=loss)
-        params, tokens = params_of(config), tokens_of(SMALL)
+        config = dataclasses.replace(SHALLOW, attention=name, loss=loss)
+        params, tokens = params_of(config), tokens_of(SHALLOW)
         expected, _ = loss_and_grads(config, params, tokens)
         half = dataclasses.replace(config, dtype="bfloat16")
         value, grads = loss_and_grads(half, params, tokens)
@@ -449,9 +469,9 @@ class TestNumerics:
         assert logits.dtype == jnp.float32
 
     def test_bfloat16_parameters_have_bfloat16_gradients(self):
-        config = dataclasses.replace(SMALL, param_dtype="bfloat16", dtype="bfloat16")
+        config = dataclasses.replace(SHALLOW, param_dtype="bfloat16", dtype="bfloat16")
         params = params_of(config)
-        loss, grads = loss_and_grads(config, params, tokens_of(SMALL))
+        loss, grads = loss_and_grads(config, params, tokens_of(SHALLOW))
         assert loss.dtype == jnp.float32 and jnp.isfinite(loss)
         assert {grad.dtype for grad in jax.tree.leaves(grads)} == {jnp.dtype("bfloat16")}
 
@@ -467,10 +487,10 @@ def test_compiles_once():
     @jax.jit
     def forward(params, tokens):
         traces.append(1)
-        return merge(graphdef(SMALL), params)(tokens)
+        return merge(graphdef(SHALLOW), params)(tokens)
 
-    batches = [params_of(SMALL, seed) for seed in range(3)]
-    tokens = tokens_of(SMALL)
+    batches = [params_of(SHALLOW, seed) for seed in range(3)]
+    tokens = tokens_of(SHALLOW)
     compiles = []
 
     def listen(event, *_, **__):

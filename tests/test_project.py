@@ -31,7 +31,9 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     tops = {name.split("/")[0] for name in names}
     info = f"optax_subspace-{optax_subspace.__version__}.dist-info"
     assert tops == {"optax_subspace", info}
-    assert {f"optax_subspace/{p.name}" for p in (ROOT / "optax_subspace").glob("*.py")} <= set(names)
+    assert {f"optax_subspace/{p.name}" for p in (ROOT / "optax_subspace").glob("*.py")} <= set(
+        names
+    )
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
     assert sorted(required) == ["jax", "optax"]
     assert any(n.endswith("licenses/LICENSE") for n in names)
@@ -44,9 +46,7 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path):
     python = tmp_path / "env" / "bin" / "python"
     constraints = "python-3.11" if sys.version_info < (3, 12) else "python-3.12"
     pins = str(ROOT / "constraints" / f"{constraints}.txt")
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "-c", pins, str(wheel)], check=True
-    )
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", pins, str(wheel)], check=True)
     code = """
 import importlib.util, jax.numpy as jnp, optax
 from optax_subspace import subspace_project, scale_by_adam

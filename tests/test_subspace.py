@@ -72,7 +72,7 @@ def test_bases_change_every_so_many_steps_and_not_between():
     for step in range(1, 7):
         same = np.array_equal(seen[step], seen[step - 1])
         assert same == (step % 3 != 0)
-    assert int(state.projection.count) == 7
+    assert int(state.projection.steps) == 7
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_of_its_leaf():

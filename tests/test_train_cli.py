@@ -31,10 +31,8 @@ def test_preset_then_experiment_then_keys(monkeypatch):
 
     monkeypatch.setitem(EXPERIMENTS, "short", short)
     assert summary("short") == "Two steps."
-    for spelled in (
-        ["--model", "60m", "--experiment", "short"],
-        ["--model=60m", "--experiment=short"],
-    ):
+    apart = ["--model", "60m", "--experiment", "short"]
+    for spelled in (apart, ["--model=60m", "--experiment=short"]):
         config = parse([*spelled, "--train.batch-size", "5", "--model.num_layers=2"]).config
         assert config.train.steps == 2  # of the experiment
         assert config.train.batch_size == 5  # of the command line

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 
 from optax_subspace import MatrixSpec
 
-RULES = [("stack", MatrixSpec(1, 2)), ("experts", MatrixSpec(2, 3)), ("heads", MatrixSpec(0, (1, 2)))]
+RULES = [
+    ("stack", MatrixSpec(1, 2)),
+    ("experts", MatrixSpec(2, 3)),
+    ("heads", MatrixSpec(0, (1, 2))),
+]
 
 
 def params(dtype=jnp.float32):

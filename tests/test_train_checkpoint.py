@@ -1,0 +1,334 @@
+"""Checkpoints: bit-equal, whole or absent, never of another run, and the files beside them."""
+
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from models.config import PRESETS
+from tests.train_helpers import ROOT, TINY, finish, start, write_text
+from train import cache, memory, optimizer, records, step
+from train.checkpoint import Checkpoints, fingerprint
+from train.config import Config, OptimizerConfig, resolve
+from train.errors import UsageError, no_space
+
+CONFIG = resolve(Config(model=PRESETS["tiny"]))
+
+
+class Position:
+    """A data iterator's stand-in: a number."""
+
+    def __init__(self, value=0):
+        self.value = value
+
+    def get_state(self):
+        return json.dumps(self.value).encode()
+
+    def set_state(self, state):
+        self.value = json.loads(state.decode())
+
+    def start_prefetch(self):
+        pass
+
+
+def make_state(number):
+    params = {"w": jnp.full((64, 8), number, jnp.bfloat16), "b": jnp.arange(5.0) * number}
+    return step.State(jnp.int32(number), params, optax.adam(0.1).init(params))
+
+
+SHAPES = jax.eval_shape(lambda: make_state(1))
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+def make(tmp_path, said, config=CONFIG, corpus="c", shapes=SHAPES, keep=2):
+    identity = fingerprint(config, corpus, shapes)
+    return Checkpoints(tmp_path / "checkpoints", keep, identity, said.append)
+
+
+@pytest.fixture
+def saved(tmp_path, said):
+    """Checkpoints of the steps 10, 20 and 30, of which two are kept."""
+    checkpoints = make(tmp_path, said)
+    for number in (10, 20, 30):
+        checkpoints.save(number, make_state(number), Position(number))
+    return checkpoints
+
+
+def assert_restores(checkpoints, number):
+    position = Position()
+    state = checkpoints.restore(SHAPES, position)
+    expected = make_state(number)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for mine, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
+    assert position.value == number
+
+
+def test_the_newest_is_restored_and_old_ones_go(saved, said):
+    assert saved.steps() == [20, 30]
+    assert_restores(saved, 30)
+    assert said == []
+
+
+def test_without_any_there_is_none(tmp_path, said):
+    assert make(tmp_path, said).restore(SHAPES, Position()) is None
+
+
+def files_of(tmp_path, number):
+    folder = tmp_path / "checkpoints" / str(number)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "removed", "emptied"])
+def test_any_damaged_file_makes_the_older_one_serve(saved, tmp_path, said, damage):
+    names = [path.relative_to(tmp_path / "checkpoints" / "30") for path in files_of(tmp_path, 30)]
+    assert len(names) > 8
+    for name in names:
+        path = tmp_path / "checkpoints" / "30" / name
+        data = path.read_bytes()
+        if damage == "truncated":
+            path.write_bytes(data[:-1])
+        elif damage == "flipped":
+            middle = len(data) // 2
+            path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+        elif damage == "removed":
+            path.unlink()
+        else:
+            path.write_bytes(b"")
+        said.clear()
+        assert_restores(saved, 20)
+        assert len(said) == 1 and "step 30 can't be used" in said[0] and "\n" not in said[0]
+        assert name.name in said[0] or name.name == cache.MANIFEST
+        # It was moved aside, so that step 30 can be saved again.
+        assert saved.steps() == [20]
+        (tmp_path / "damaged" / "30").rename(tmp_path / "checkpoints" / "30")
+        path.write_bytes(data)
+    said.clear()
+    assert_restores(saved, 30)
+
+
+@pytest.mark.parametrize("by_orbax", [False, True])
+def test_a_half_written_one_is_left_out(saved, tmp_path, said, by_orbax):
+    half = ".saving-30.orbax-checkpoint-tmp" if by_orbax else ".saving-30"
+    (tmp_path / "checkpoints" / "30").rename(tmp_path / "checkpoints" / half)
+    assert_restores(saved, 20)
+    assert said == ["the checkpoint of step 30 is half-written and was left out"]
+    saved.save(30, make_state(30), Position(30))
+    assert_restores(saved, 30)
+
+
+def test_only_damaged_ones_are_an_error(saved, tmp_path, said):
+    for number in (20, 30):
+        files_of(tmp_path, number)[-1].write_bytes(b"?")
+    with pytest.raises(UsageError, match=r"no good checkpoint in .* \(damaged: steps 20, 30\)"):
+        saved.restore(SHAPES, Position())
+    assert saved.steps() == [20, 30]
+
+
+def test_another_configuration_is_refused_by_name(saved, tmp_path, said):
+    rank = dataclasses.replace(CONFIG.optimizer, rank=5)
+    other = make(tmp_path, said, dataclasses.replace(CONFIG, optimizer=rank))
+    with pytest.raises(UsageError, match=r"--optimizer.rank is 32 there and 5 here"):
+        other.restore(SHAPES, Position())
+    with pytest.raises(UsageError, match="another text or tokenizer"):
+        make(tmp_path, said, corpus="d").restore(SHAPES, Position())
+    # What Orbax would cast or drop without a word.
+    wide = {**SHAPES.params, "w": jax.ShapeDtypeStruct((64, 8), jnp.float32)}
+    widened = SHAPES._replace(params=wide)
+    with pytest.raises(UsageError, match=r"holds .*bfloat16.* has .*float32"):
+        make(tmp_path, said, shapes=widened).restore(widened, Position())
+    fewer = SHAPES._replace(opt_state=())
+    with pytest.raises(UsageError, match="opt_state"):
+        make(tmp_path, said, shapes=fewer).restore(fewer, Position())
+    # Keys that change neither parameters nor metrics may differ.
+    free = dataclasses.replace(
+        CONFIG,
+        run_dir="elsewhere",
+        checkpoint=dataclasses.replace(CONFIG.checkpoint, every=7, keep=9),
+        data=dataclasses.replace(CONFIG.data, cache_dir="elsewhere"),
+        log=dataclasses.replace(CONFIG.log, print_every=3),
+    )
+    assert_restores(make(tmp_path, said, free), 30)
+
+
+def test_another_version_of_jax_is_mentioned(saved, said, monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "99.0")
+    assert_restores(saved, 30)
+    assert len(said) == 1 and "under jax" in said[0]
+
+
+def test_a_full_disk_while_saving(saved, tmp_path, said, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write_checksums", full)
+        with pytest.raises(UsageError, match=r"step 40.*no space left.*step 30 is good; free some"):
+            saved.save(40, make_state(40), Position(40))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["20", "30"]
+    assert_restores(saved, 30)
+    saved.save(40, make_state(40), Position(40))
+    assert_restores(saved, 40)
+
+
+def test_a_run_on_a_disk_that_fills_up(tmp_path):
+    """A real small disk where the rights allow one, else a limit on the size of files."""
+    words = [*TINY, "--data.path", str(write_text(tmp_path / "text"))]
+    words += ["--data.cache_dir", str(tmp_path / "cache")]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Room for two checkpoints, not for three.
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)],
+            check=False,
+            capture_output=True,
+        ).returncode
+    )
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+    try:
+        run = ["--run_dir", str(disk / "run"), "--checkpoint.keep", "9"]
+        _, err = finish(start([*words, *run], "" if mounted else limit), 2)
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        assert "free some space and run again with --resume" in err
+        if mounted:
+            assert "no space left on the device" in err
+            folder = disk / "run" / "checkpoints"
+            assert not list(folder.glob(".*"))
+            whole = sorted(int(path.name) for path in folder.iterdir())
+            assert whole and f"step {whole[-1]} is good" in err
+            for number in whole:
+                path = folder / str(number)
+                assert cache.damage(path, path / cache.MANIFEST) is None
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_reasons_for_no_space():
+    inner = ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+    outer = RuntimeError("saving failed")
+    outer.__cause__ = inner
+    assert no_space(outer) == "no space left on the device"
+    assert no_space(OSError(errno.EDQUOT, "")) == "the disk quota is used up"
+    assert no_space(ValueError("other")) is None
+
+
+def test_rows_survive_a_torn_end_and_go_back_to_a_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = records.Records(path, 0)
+    for number in range(1, 6):
+        file.write({"kind": "train", "step": number, "loss": 1 / number})
+    file.write({"kind": "final", "step": 5})
+    file.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "tra')
+    assert len(records.read(path)) == 6
+    records.Records(path, 5).close()
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:5])
+    later = records.Records(path, 3)
+    later.write({"kind": "train", "step": 4, "loss": 1 / 4})
+    later.close()
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
+    with pytest.raises(ValueError, match="JSON"):
+        records.Records(path, 4).write({"kind": "train", "step": 5, "loss": float("nan")})
+    records.Records(path, 0).close()
+    assert path.read_bytes() == b""
+
+
+def state_shapes(name, **model):
+    config = dataclasses.replace(PRESETS["tiny"], **model)
+    options = resolve(Config(optimizer=OptimizerConfig(name=name, rank=8))).optimizer
+    tx = optimizer.make(options, 10)
+    make_state = lambda key: step.init_state(config, tx, key)
+    return config, tx, jax.eval_shape(make_state, jax.random.key(0))
+
+
+def test_memory_by_hand():
+    size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    size["vocab_size"] = 100
+    config, tx, shapes = state_shapes("galore", **size)
+    windows = jax.ShapeDtypeStruct((4, 17), jnp.int32)
+    predicted = memory.predict(shapes, windows)
+    d, f, v, layers, r = 32, 48, 100, 2, 8
+    kernels = layers * (4 * d * d + 3 * d * f)
+    others = 2 * v * d + layers * 2 * d + d
+    assert predicted.weights == predicted.gradients == 4 * (kernels + others)
+    # Two moments of each parameter and a counter each for Adam and the schedule.
+    assert predicted.adamw_state == 8 * (kernels + others) + 8
+    # Bases on the shorter side d, moments r x (the other side).
+    bases = layers * (4 * d * r + 3 * d * r)
+    low = layers * (4 * d * r + 3 * f * r)
+    exact = 4 * bases + 8 * (low + others)
+    assert 0 <= predicted.optimizer_state - exact < 400  # counters
+    assert predicted.batch == 4 * 17 * 4 + 4
+    compiled = step.make_train_step(config, tx).lower(shapes, windows).compile()
+    measured = memory.measure(compiled)
+    assert measured.arguments == pytest.approx(predicted.arguments, rel=0.02)
+    # The state is donated: all of it is updated in place.
+    state_bytes = predicted.arguments - 4 * 17 * 4
+    assert measured.shared == pytest.approx(state_bytes, rel=0.02)
+    assert measured.temporaries > 0 and measured.total < 10 * predicted.arguments
+
+
+def test_memory_of_adamw_is_adamws():
+    _, _, shapes = state_shapes("adamw", num_layers=1)
+    predicted = memory.predict(shapes, jax.ShapeDtypeStruct((1, 3), jnp.int32))
+    assert predicted.optimizer_state == predicted.adamw_state
+
+
+def test_schedule_by_hand():
+    rate = optimizer.warmup_cosine(2.0, 100, 0.1, 0.1)
+    values = np.array([float(rate(t)) for t in range(100)])
+    np.testing.assert_allclose(values[:10], 0.2 * np.arange(1, 11), rtol=1e-6)
+    assert values[0] > 0 and values.argmax() == 9
+    np.testing.assert_allclose(values[99], 0.2, rtol=1e-6)
+    assert (np.diff(values[9:]) < 0).all()
+    middle = optimizer.warmup_cosine(1.0, 21, 0.0, 0.0)
+    np.testing.assert_allclose([float(middle(t)) for t in (0, 10, 20)], [1, 0.5, 0], atol=1e-6)
+    assert float(optimizer.warmup_cosine(1.0, 1, 0.1, 0.1)(0)) == 1.0
+
+
+def test_galore_and_adamw_move_every_parameter():
+    """Also what is not projected: embeddings, norms, head; and the norm of a step is clipped."""
+    for name in ("galore", "adamw"):
+        config, tx, _ = state_shapes(
+            name, num_layers=1, hidden_size=32, intermediate_size=48, num_heads=2, vocab_size=50
+        )
+        state = step.init_state(config, tx, jax.random.key(0))
+        before = jax.tree.map(np.asarray, state.params)
+        train_step = step.make_train_step(config, tx)
+        windows = jax.random.randint(jax.random.key(1), (2, 9), 0, 50)
+        losses = []
+        for _ in range(10):
+            state, metrics = train_step(state, windows)
+            losses.append(float(metrics.loss))
+        assert losses[-1] < losses[0] and int(state.step) == 10
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), before, state.params)
+        assert all(jax.tree.leaves(moved)), (name, moved)
+
+
+def test_help_does_not_wait_for_data_libraries():
+    """A wrong key shall be told at once."""
+    code = (
+        "import sys; import train.cli\n"
+        "heavy = {'tensorflow_datasets', 'orbax', 'grain', 'matplotlib'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    program = [sys.executable, "-c", code]
+    out = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
