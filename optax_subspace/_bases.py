@@ -117,10 +117,12 @@ class Subspace:
         _check_state(plans, state)
         leaves, skipped, handed = {}, {}, []
         for plan, leaf in zip(plans, jax.tree.leaves(updates), strict=True):
-            low, bases = leaf.astype(compute_dtype(leaf.dtype)), ()
+            low = leaf.astype(compute_dtype(leaf.dtype))
+            bases: tuple[jax.Array, ...] = ()
             if plan.projected:
-                low, leaves[plan.path] = self._project_leaf(low, plan, state.leaves[plan.path])
-                bases = leaves[plan.path].bases
+                low, bases, leaves[plan.path] = self._project_leaf(
+                    low, plan, state.leaves[plan.path]
+                )
             finite = jnp.all(jnp.isfinite(low))
             skipped[plan.path] = state.skipped[plan.path] + (1 - finite.astype(jnp.int32))
             factor = self._factor(plan, state.steps)
@@ -128,25 +130,36 @@ class Subspace:
             handed.append(LowRankUpdate(low, finite, bases, plan, factor, leaf.dtype, self.rank))
         return handed, ProjectionState(steps, leaves, skipped)
 
-    def _project_leaf(self, leaf: jax.Array, plan: LeafPlan, old: LeafBasis):
+    def _project_leaf(
+        self, leaf: jax.Array, plan: LeafPlan, old: LeafBasis
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], LeafBasis]:
+        """The low-rank gradient, the bases it was made with, and those of the next step."""
         rule = plan.projector or self.projector
         matrices = to_matrices(leaf, plan)
-        due = old.age % rule.every == 0
+        due = old.age == 0 if rule.every is None else old.age % rule.every == 0
         # The whole leaf is skipped if any of it is not finite. On other steps the low-rank gradient
         # tells, and the full one need not be read again.
         due &= jax.lax.cond(
             jnp.any(due), lambda: jnp.all(jnp.isfinite(matrices)), lambda: jnp.array(False)
         )
-        bases, states = [], []
-        for side, basis, state in zip(plan.sides, old.bases, old.rule, strict=True):
-            basis, state = _refresh(rule, due, matrices, side, basis, state)
-            bases.append(basis)
-            states.append(state)
-        low = project(matrices, tuple(bases), plan)
+        refreshed = [
+            _refresh(rule, due, matrices, side, basis, state)
+            for side, basis, state in zip(plan.sides, old.bases, old.rule, strict=True)
+        ]
+        bases, states = zip(*refreshed, strict=True)
+        low = project(matrices, bases, plan)
+        finite = jnp.all(jnp.isfinite(low))
         # A slice without any gradient yet has no basis yet.
         started = (old.age > 0) | jnp.any(low != 0, axis=(-2, -1))
-        ages = old.age + (started & jnp.all(jnp.isfinite(low))).astype(jnp.int32)
-        return low, LeafBasis(tuple(bases), tuple(states), ages)
+        new = LeafBasis(bases, states, old.age + (started & finite).astype(jnp.int32))
+        if rule.follow is not None:
+            followed = [
+                _follow(rule, started & finite & ~due, matrices, side, basis, state)
+                for side, basis, state in zip(plan.sides, bases, states, strict=True)
+            ]
+            next_bases, states = zip(*followed, strict=True)
+            new = new._replace(bases=next_bases, rule=states)
+        return low, bases, new
 
     def _factor(self, plan: LeafPlan, step: jax.Array) -> Any:
         if plan.scale is not None:
@@ -174,7 +187,7 @@ def _refresh(
         gradient, old = take(matrices), jax.tree.map(take, carry)
         gradient = gradient if side == "left" else gradient.T
         new = jax.lax.cond(
-            jnp.any(gradient != 0), lambda: _apply(rule, gradient, *old), lambda: old
+            jnp.any(gradient != 0), lambda: _checked(rule.update, gradient, *old), lambda: old
         )
         return jax.tree.map(put, carry, new)
 
@@ -183,16 +196,32 @@ def _refresh(
     return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), (basis, state))
 
 
-def _apply(rule: Projector, gradient: jax.Array, basis: jax.Array, state: Any):
-    new_basis, new_state = rule.update(gradient, basis.astype(gradient.dtype), state)
+def _follow(
+    rule: Projector, moves: jax.Array, matrices: jax.Array, side: str, basis: jax.Array, state: Any
+) -> tuple[jax.Array, Any]:
+    """One step of ``rule.follow`` in those slices of ``(*batch, m, n)`` that move."""
+
+    def follow_slice(moves, matrix, basis, state):
+        gradient = matrix if side == "left" else matrix.T
+        squared = jnp.maximum(jnp.sum(gradient**2), jnp.finfo(gradient.dtype).tiny)
+        product = gradient @ (gradient.T @ basis.astype(gradient.dtype)) / squared
+        new = _checked(rule.follow, product, basis, state)
+        return jax.tree.map(lambda n, o: jnp.where(moves, n, o), new, (basis, state))
+
+    for _ in moves.shape:
+        follow_slice = jax.vmap(follow_slice)
+    return follow_slice(moves, matrices, basis, state)
+
+
+def _checked(rule: Any, array: jax.Array, basis: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    """Applies a rule's function in the arithmetic's dtype and stores in the state's."""
+    new_basis, new_state = rule(array, basis.astype(array.dtype), state)
     if new_basis.shape != basis.shape:
         raise ValueError(
-            f"the projector's update returned a basis of shape {new_basis.shape}, expected "
-            f"{basis.shape}"
+            f"the projector returned a basis of shape {new_basis.shape}, expected {basis.shape}"
         )
-    return new_basis.astype(basis.dtype), jax.tree.map(
-        lambda new, old: new.astype(old.dtype), new_state, state
-    )
+    store = lambda new, old: jnp.asarray(new, old.dtype)
+    return store(new_basis, basis), jax.tree.map(store, new_state, state)
 
 
 def _check_unique(plans: Sequence[LeafPlan]) -> None:

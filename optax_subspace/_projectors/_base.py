@@ -9,34 +9,47 @@ import jax
 
 
 class Projector(NamedTuple):
-    """A rule that finds the basis of one matrix' gradient.
+    """A rule that finds the basis of one matrix' gradient, and may follow it from step to step.
 
     A rule sees one matrix ``G`` of shape ``(m, n)`` in float32, turned such that the basis
     ``P`` of shape ``(m, r)`` stands on its left; batches, the other side, the schedule and
-    gradients that are not finite are the caller's work. The rule's state holds arrays only.
+    gradients that are not finite or zero are the caller's work. The rule's state holds arrays
+    only.
 
     Attributes:
       init: ``(key, m, n, rank) -> state``.
-      update: ``(gradient, basis, state) -> (basis, state)``. For the very first basis of a
-        leaf, ``basis`` is all zeros.
-      every: the rule is applied at a leaf's first step and then every so many steps, always
-        before the gradient is projected.
+      update: ``(gradient, basis, state) -> (basis, state)``, a new basis that serves from this very
+        step on. For the first basis of a leaf, ``basis`` is all zeros.
+      every: ``update`` is applied at a leaf's first step and then every so many steps; None for
+        the first step alone.
+      follow: ``(product, basis, state) -> (basis, state)``, applied on every other step, with
+        ``product = G G^T P / ||G||_F^2`` of shape ``(m, r)``. The basis that it returns serves from
+        the next step on, so that each gradient is projected by a basis made from earlier ones, as
+        the convergence theorem of Online Subspace Descent asks. None to keep the basis.
 
     Example:
-      A rule of one's own: the rows of the gradient with the largest norm.
+      Rules of one's own: the rows of the gradient with the largest norm, found anew every ten
+      steps, and a basis that follows the gradient by Oja's rule.
 
       >>> import jax, jax.numpy as jnp, optax
-      >>> from optax_subspace import scale_by_subspace
+      >>> from optax_subspace import Projector, scale_by_subspace, svd
       >>> def largest_rows(gradient, basis, state):
       ...     rows = jnp.argsort(-jnp.linalg.norm(gradient, axis=1))[: basis.shape[1]]
       ...     return jax.nn.one_hot(rows, gradient.shape[0]).T, state
-      >>> rule = Projector(init=lambda key, m, n, rank: (), update=largest_rows, every=10)
-      >>> tx = scale_by_subspace(optax.scale_by_adam(), rank=2, projector=rule)
+      >>> rows = Projector(lambda key, m, n, rank: (), largest_rows, every=10)
+      >>> following = svd()._replace(
+      ...     every=None,
+      ...     follow=lambda product, basis, state: (jnp.linalg.qr(basis + product)[0], state),
+      ... )
       >>> params = {"w": jnp.ones((8, 16))}
-      >>> tx.init(params).inner.mu["w"].shape
+      >>> for rule in (rows, following):
+      ...     tx = scale_by_subspace(optax.scale_by_adam(), rank=2, projector=rule)
+      ...     print(tx.init(params).inner.mu["w"].shape)
+      (2, 16)
       (2, 16)
     """
 
     init: Callable[[jax.Array, int, int, int], Any]
     update: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-    every: int = 1
+    every: int | None = 1
+    follow: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]] | None = None

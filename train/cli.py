@@ -1,0 +1,203 @@
+"""The command line: two words choose the defaults, dotted keys change them.
+
+`--model NAME` (a size of `models.config.PRESETS`) and `--experiment NAME` (a recipe of
+`train.experiments`) are taken off first, because they decide the defaults of everything else.
+tyro reads the rest onto the configuration's dataclasses. Every mistake is one line.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+
+import tyro
+
+from models.config import PRESETS
+from train.config import READ_BY, Config, flatten, resolve, validate
+from train.errors import TrainError, UsageError, no_space, one_line
+from train.experiments import EXPERIMENTS, summary
+
+PROGRAM = "python -m train"
+DEFAULT_MODEL, DEFAULT_EXPERIMENT = "tiny", "quickstart"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A parsed command line."""
+
+    config: Config
+    model: str
+    experiment: str
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{PROGRAM} {shlex.join(self.arguments)}".rstrip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code; `--help` raises SystemExit(0)."""
+    try:
+        command = parse(sys.argv[1:] if arguments is None else arguments)
+        # Here and not above: --help and a wrong key shall not wait for JAX.
+        from train.loop import run
+
+        run(command)
+        return 0
+    except TrainError as error:
+        return _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted before training began; nothing had to be saved", 130)
+    except OSError as error:
+        if reason := no_space(error):
+            what = error.filename or "a file of the run or the cache"
+            return _fail(
+                f"couldn't write {what}: {reason}; free some space and run again with --resume", 2
+            )
+        raise
+
+
+def _fail(message: object, code: int) -> int:
+    word = "stopped" if code > 2 else "error"
+    print(f"{word}: {one_line(message)}", file=sys.stderr, flush=True)
+    return code
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Reads a command line into a checked configuration.
+
+    >>> parse(["--model", "60m", "--train.steps", "7"]).config.train.steps
+    7
+
+    Raises:
+      UsageError: anything unknown or impossible.
+    """
+    rest, model = _take(list(arguments), "--model", DEFAULT_MODEL, PRESETS)
+    rest, experiment = _take(rest, "--experiment", DEFAULT_EXPERIMENT, EXPERIMENTS)
+    default = EXPERIMENTS[experiment](Config(model=PRESETS[model]))
+    wants_help = any(word in ("-h", "--help") for word in rest)
+    given = set() if wants_help else _check_keys(rest, flatten(default))
+    config = _read(rest, default, wants_help)
+    for key in sorted(given):
+        group, _, field = key.partition(".")
+        if group == "optimizer" and config.optimizer.name not in READ_BY.get(
+            field, (config.optimizer.name,)
+        ):
+            raise UsageError(
+                f"--{key}: the optimizer {config.optimizer.name} doesn't read it; leave it out, or "
+                f"choose --optimizer.name {READ_BY[field][0]}"
+            )
+    config = resolve(config)
+    validate(config)
+    return Command(config, model, experiment, tuple(arguments))
+
+
+def _take(words: list[str], flag: str, default: str, known: Iterable[str]) -> tuple[list[str], str]:
+    """Takes `flag NAME` or `flag=NAME` out of the words; the last one counts."""
+    rest, value, index = [], default, 0
+    while index < len(words):
+        word = words[index]
+        if word == flag:
+            index += 1
+            if index == len(words) or words[index].startswith("--"):
+                raise UsageError(f"{flag}: give one of {', '.join(known)}")
+            value = words[index]
+        elif word.startswith(flag + "="):
+            value = word[len(flag) + 1 :]
+        else:
+            rest.append(word)
+        index += 1
+    if value not in known:
+        raise UsageError(f"{flag} {value}: unknown; {_nearest(value, known)}")
+    return rest, value
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    start = f"did you mean {close[0]}? " if close else ""
+    return f"{start}choose one of {', '.join(names)}"
+
+
+def _check_keys(words: list[str], known: dict[str, object]) -> set[str]:
+    """The keys that the words name; raises for one that no field has."""
+    given = set()
+    flags = {name: name for name in known}
+    for name, value in known.items():
+        if isinstance(value, bool):
+            group, dot, field = name.rpartition(".")
+            flags[f"{group}{dot}no_{field}"] = name
+    for word in words:
+        if not word.startswith("--"):
+            continue
+        key = word[2:].partition("=")[0].replace("-", "_")
+        if key not in flags:
+            raise UsageError(f"--{word[2:].partition('=')[0]}: unknown key; {_suggest(key, known)}")
+        given.add(flags[key])
+    return given
+
+
+def _suggest(key: str, known: dict[str, object]) -> str:
+    # The last part decides: `--steps` for `--train.steps`, `--optimizer.rnk` for `.rank`.
+    tails = {name.rpartition(".")[2]: name for name in known}
+    tail = difflib.get_close_matches(key.rpartition(".")[2], tails, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.75)
+    name = close[0] if close else tails[tail[0]] if tail else None
+    listing = f"{PROGRAM} --help lists all keys"
+    return f"did you mean --{name}? {listing}" if name else listing
+
+
+def _read(words: list[str], default: Config, wants_help: bool) -> Config:
+    """tyro's reading of the words; its boxed errors become one line."""
+    captured = io.StringIO()
+    try:
+        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                Config,
+                prog=PROGRAM,
+                description=description(),
+                default=default,
+                args=words,
+                use_underscores=True,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_unbox(captured.getvalue())) from None
+    except ValueError as error:
+        raise UsageError(error) from None
+
+
+def _unbox(box: str) -> str:
+    """The message of one of tyro's boxes: its first section, without the frame."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│ ╭╮╰╯")
+        if set(text) <= {"─"}:
+            break
+        lines.append(text)
+    message = one_line(" ".join(lines)) or one_line(box)
+    return f"{message.rstrip('.')}; {PROGRAM} --help shows what it takes"
+
+
+def description() -> str:
+    """The head of `--help`: the two words and what they may be."""
+    sizes = [
+        f"  {name:<6} {config.num_params() / 1e6:8,.1f} M parameters: hidden {config.hidden_size}, "
+        f"{config.num_layers} layers, {config.num_heads} heads, vocabulary {config.vocab_size}"
+        for name, config in PRESETS.items()
+    ]
+    recipes = [f"  {name:<12} {summary(name)}" for name in EXPERIMENTS]
+    return "\n".join(
+        [
+            "Trains a LLaMA. Two words choose the defaults, the keys below change them.",
+            "",
+            f"--model NAME (default {DEFAULT_MODEL}), the size:",
+            *sizes,
+            "",
+            f"--experiment NAME (default {DEFAULT_EXPERIMENT}), the recipe:",
+            *recipes,
+        ]
+    )

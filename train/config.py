@@ -1,0 +1,225 @@
+"""The configuration: one tree of frozen dataclasses, and the checks on it.
+
+The field descriptions below are what `python -m train --help` shows.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from models.config import LlamaConfig
+from train.errors import UsageError
+
+Side = Literal["shorter", "longer", "left", "right", "both"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    name: Literal["galore", "adamw"] = "galore"
+    """galore: Adam in a low-rank subspace of each gradient; adamw: the full-rank baseline"""
+    learning_rate: float | None = None
+    """Peak of the schedule; None is the optimizer's own, 0.01 for galore and 0.003 for adamw"""
+    rank: int = 32
+    """galore: dimension of the subspace"""
+    every: int = 50
+    """galore: steps from one projector to the next"""
+    scale: float = 0.25
+    """galore: factor on the projected update; learning_rate x scale is the effective rate"""
+    side: Side = "shorter"
+    """galore: side of each matrix that is projected"""
+    b1: float = 0.9
+    """Decay of the first moment"""
+    b2: float = 0.999
+    """Decay of the second moment"""
+    eps: float = 1e-6
+    """Added to the root of the second moment"""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on all parameters"""
+    clip_norm: float = 1.0
+    """Global norm to which gradients are clipped"""
+    warmup_fraction: float = 0.1
+    """Share of the steps in which the learning rate rises linearly"""
+    final_fraction: float = 0.1
+    """Learning rate at the end of the cosine, as a share of the peak"""
+
+
+# Fields that one optimizer alone reads: giving them to another one is refused.
+READ_BY = {name: ("galore",) for name in ("rank", "every", "scale", "side")}
+
+DEFAULT_LEARNING_RATE = {"galore": 0.01, "adamw": 0.003}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The text, its split and the tokenizer."""
+
+    path: str | None = None
+    """A .txt file (documents: paragraphs between blank lines) or a folder of .txt files
+    (documents: files); None is the embedded corpus, the State of the Union addresses"""
+    vocab_size: int = 4096
+    """Pieces of the SentencePiece tokenizer, which is trained once on the training split"""
+    validation_fraction: float = 0.1
+    """Share of the documents that is held out"""
+    split_seed: int = 0
+    """Chooses which documents are held out"""
+    cache_dir: str = ".cache/optax-subspace"
+    """Where the tokenizer and the records are kept for the next run"""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run, batches and evaluation."""
+
+    steps: int = 350
+    """Optimizer steps"""
+    batch_size: int = 8
+    """Sequences in a step"""
+    sequence_length: int = 256
+    """Tokens in a sequence"""
+    seed: int = 0
+    """Initial weights and order of the documents"""
+    eval_every: int = 50
+    """Steps between evaluations on a part of the held-out split; the end uses all of it"""
+    eval_batches: int = 8
+    """Batches in such an evaluation"""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving the run."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step always has one"""
+    keep: int = 2
+    """Checkpoints that are kept"""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is written and printed on the way."""
+
+    every: int = 1
+    """Steps between rows of metrics.jsonl"""
+    print_every: int = 25
+    """Steps between printed lines (where there is no progress bar) and rows of throughput.jsonl"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    run_dir: str | None = None
+    """Folder of this run; None is a new one, runs/EXPERIMENT-MODEL-OPTIMIZER[-N]"""
+    resume: bool = False
+    """Go on from the newest good checkpoint of the run"""
+
+
+def resolve(config: Config) -> Config:
+    """Fills in the defaults that depend on other fields."""
+    optimizer = config.optimizer
+    if optimizer.learning_rate is None and optimizer.name in DEFAULT_LEARNING_RATE:
+        rate = DEFAULT_LEARNING_RATE[optimizer.name]
+        optimizer = dataclasses.replace(optimizer, learning_rate=rate)
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def validate(config: Config) -> None:
+    """Raises UsageError for the first value that can't work; nothing is allocated before."""
+    for key, least in _WHOLE_NUMBERS.items():
+        value = get(config, key)
+        if value < least:
+            raise UsageError(f"--{key} {value}: give a whole number of at least {least}")
+    for key, (low, high, closed) in _RANGES.items():
+        value = get(config, key)
+        inside = (low <= value if closed else low < value) and value <= high
+        if value is None or not math.isfinite(value) or not inside:
+            words = f"at least {low:g}" if closed else f"above {low:g}"
+            limit = "" if high == math.inf else f" and at most {high:g}"
+            raise UsageError(f"--{key} {value}: give a number {words}{limit}")
+    for key in ("optimizer.b1", "optimizer.b2"):
+        if get(config, key) >= 1:
+            raise UsageError(f"--{key} {get(config, key)}: give a number below 1, e.g. 0.9")
+    if config.data.validation_fraction >= 1:
+        raise UsageError(
+            f"--data.validation_fraction {config.data.validation_fraction}: leaves nothing to "
+            "train on; give a number below 1, e.g. 0.1"
+        )
+    if config.data.vocab_size > config.model.vocab_size:
+        raise UsageError(
+            f"--data.vocab_size {config.data.vocab_size}: the tokenizer would have more pieces "
+            f"than the model has embeddings; give at most --model.vocab_size "
+            f"{config.model.vocab_size}"
+        )
+
+
+_WHOLE_NUMBERS = {
+    "optimizer.rank": 1,
+    "optimizer.every": 1,
+    # Every byte is a piece, so that no text is lost; the rest is for what the corpus repeats.
+    "data.vocab_size": 260,
+    "data.split_seed": 0,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.sequence_length": 2,
+    "train.seed": 0,
+    "train.eval_every": 1,
+    "train.eval_batches": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "log.every": 1,
+    "log.print_every": 1,
+}
+
+# key: lowest, highest, whether the lowest itself is allowed.
+_RANGES = {
+    "optimizer.learning_rate": (0.0, math.inf, False),
+    "optimizer.scale": (0.0, math.inf, False),
+    "optimizer.b1": (0.0, 1.0, True),
+    "optimizer.b2": (0.0, 1.0, True),
+    "optimizer.eps": (0.0, math.inf, False),
+    "optimizer.weight_decay": (0.0, math.inf, True),
+    "optimizer.clip_norm": (0.0, math.inf, False),
+    "optimizer.warmup_fraction": (0.0, 1.0, True),
+    "optimizer.final_fraction": (0.0, 1.0, True),
+    "data.validation_fraction": (0.0, 1.0, False),
+}
+
+
+def get(config: Config, key: str):
+    """The value of a dotted key.
+
+    >>> get(Config(), "train.steps")
+    350
+    """
+    value = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """All values by dotted key, as JSON can hold them.
+
+    >>> flatten(Config())["optimizer.rank"]
+    32
+    """
+    flat: dict[str, object] = {}
+
+    def walk(prefix: str, node) -> None:
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                walk(f"{prefix}{field.name}.", value)
+            else:
+                flat[prefix + field.name] = value
+
+    walk("", config)
+    return flat

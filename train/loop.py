@@ -1,0 +1,304 @@
+"""The run, from the configuration to the last table: prepare, show, train, report."""
+
+import logging
+import math
+import shlex
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train import batches, corpus, memory, records, report, rundir
+from train.checkpoint import Checkpoints, fingerprint
+from train.cli import PROGRAM, Command
+from train.errors import DivergedError, Interrupted, one_line
+from train.optimizer import Optimizer, make
+from train.screen import Screen, duration
+from train.step import Metrics, State, init_state, make_eval_step, make_train_step
+
+
+def run(command: Command) -> None:
+    """Does what the command line says.
+
+    Raises:
+      TrainError: the run can't begin or go on; the message is for the user.
+    """
+    # Orbax, tfds and grain log what the trainer tells in its own words; errors are raised as well.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    config, screen = command.config, Screen()
+    place = rundir.choose(command)
+
+    data = corpus.load(config.data)
+    held_out = batches.held_out(data)
+    windows = batches.training(
+        data, config.train.batch_size, config.train.sequence_length, config.train.seed
+    )
+    optimizer = make(config.optimizer, config.train.steps)
+    key = jax.random.key(config.train.seed)
+    initial = jax.jit(lambda key: init_state(config.model, optimizer, key))
+    shapes = jax.eval_shape(initial, key)
+
+    screen.say(
+        f"Model {command.model}: {config.model.num_params():,} parameters. Experiment "
+        f"{command.experiment} with {config.optimizer.name}.\n{data.name}.\n"
+    )
+    report.print_projection(screen, optimizer, shapes.params)
+    window_shape = (config.train.batch_size, config.train.sequence_length + 1)
+    batch = jax.ShapeDtypeStruct(window_shape, jnp.int32)
+    # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
+    # changed shape or dtype would cost, is an error.
+    train_step = make_train_step(config.model, optimizer).lower(shapes, batch).compile()
+    report.print_memory(screen, memory.predict(shapes, batch), memory.measure(train_step))
+
+    lock = place.open(command)
+    checkpoints = Checkpoints(
+        place.checkpoints,
+        config.checkpoint.keep,
+        fingerprint(config, data.key, shapes),
+        lambda line: screen.say(f"warning: {line}"),
+    )
+    state = checkpoints.restore(shapes, windows) if place.resumes else None
+    if state is not None:
+        screen.say(f"Going on in {place.path} after step {int(state.step)}.")
+    elif config.resume:
+        screen.say(f"There is no checkpoint in {place.path} yet: beginning at the first step.")
+    else:
+        screen.say(f"Writing to {place.path}.")
+    trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step)
+    try:
+        trainer.train(initial(key) if state is None else state, windows)
+    finally:
+        screen.stop()
+        trainer.close()
+        lock.close()
+
+
+class Trainer:
+    """The loop and what it writes on the way."""
+
+    def __init__(
+        self,
+        command: Command,
+        screen: Screen,
+        place: rundir.RunDir,
+        checkpoints: Checkpoints,
+        optimizer: Optimizer,
+        held_out: batches.HeldOut,
+        train_step: Any,
+    ):
+        self.command, self.config = command, command.config
+        self.screen, self.place, self.checkpoints = screen, place, checkpoints
+        self.optimizer, self.held_out = optimizer, held_out
+        self.train_step = train_step
+        self.eval_step = make_eval_step(self.config.model)
+        self.files: list[records.Records] = []
+
+    def train(self, state: State, windows: Any) -> None:
+        """All steps that are left, the final evaluation and the report."""
+        config, done = self.config, int(state.step)
+        steps = config.train.steps
+        self.metrics = self._open(records.Records(self.place.metrics, done))
+        self.throughput = self._open(records.Records(self.place.throughput, done, keep_later=True))
+        self.clock = Clock(config.train.batch_size * config.train.sequence_length)
+        self.screen.start(steps, done)
+        late = None  # the metrics of the step before: read while the device does the next one
+        with Signals() as signals:
+            for step in range(done + 1, steps + 1):
+                state, metrics = self.train_step(state, next(windows))
+                self._record(late)
+                late = (step, metrics)
+                evaluates = step % config.train.eval_every == 0 and step < steps
+                saves = step % config.checkpoint.every == 0 or step == steps
+                if evaluates or saves or signals.received:
+                    # The step's own metrics first: a loss that is no number is never saved.
+                    self._record(late)
+                    late = None
+                    with self.clock.paused():
+                        if evaluates:
+                            self._evaluate_part(step, state)
+                        if saves or signals.received:
+                            self.metrics.sync()
+                            self.checkpoints.save(step, state, windows)
+                if signals.received and step < steps:
+                    raise Interrupted(self._how_to_resume(step), signals.received)
+            self.screen.stop()
+            self._finish(steps, state, self.clock.speed(), signals)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self.files:
+            file.close()
+
+    def _open(self, file: records.Records) -> records.Records:
+        self.files.append(file)
+        return file
+
+    def _record(self, late: tuple[int, Metrics] | None) -> None:
+        """Writes and shows a step's metrics; ends the run if they are no numbers."""
+        if late is None:
+            return
+        config, (step, metrics) = self.config, late
+        loss, grad_norm, rate = (float(value) for value in metrics)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(self._diverged(step, loss, grad_norm))
+        self.clock.count()
+        if step % config.log.every == 0 or step == config.train.steps:
+            self.metrics.write(
+                {
+                    "kind": "train",
+                    "step": step,
+                    "tokens": step * self.clock.tokens_per_step,
+                    "loss": loss,
+                    "grad_norm": grad_norm,
+                    "learning_rate": rate,
+                    "effective_learning_rate": rate * self.optimizer.scale,
+                }
+            )
+        steps = config.train.steps
+        milestone = step % config.log.print_every == 0 or step == steps
+        speed, left = self.clock.speed(), self.clock.left(steps - step)
+        status = f"loss {loss:.3f}  {speed:,.0f} tokens/s  {duration(left)} left"
+        self.screen.progress(step, steps, status, milestone)
+        if milestone:
+            row = {"kind": "speed", "step": step, "tokens_per_second": round(speed, 1)}
+            self.throughput.write(row | {"seconds": round(self.clock.seconds(), 3)})
+
+    def _evaluate_part(self, step: int, state: State) -> None:
+        loss, tokens = self._evaluate(state, self.config.train.eval_batches)
+        row = {"kind": "validation", "step": step, "validation_loss": loss, "scored": tokens}
+        self.metrics.write(row)
+        self.screen.say(
+            f"step {step:,}: validation loss {loss:.3f}, perplexity {report.perplexity(loss):.1f} "
+            f"({tokens:,} tokens)"
+        )
+
+    def _evaluate(
+        self, state: State, most: int | None = None, signals: "Signals | None" = None
+    ) -> tuple[float, int]:
+        """Mean loss over the held-out stream, or over `most` batches of it, and their tokens."""
+        config = self.config.train
+        total, count = 0.0, 0
+        for batch in self.held_out.batches(config.batch_size, config.sequence_length, most):
+            nats, tokens = self.eval_step(state.params, *batch)
+            # Summed in double precision, in a fixed order.
+            total, count = total + float(nats), count + int(tokens)
+            if signals is not None and signals.received:
+                raise Interrupted(self._how_to_resume(self.config.train.steps), signals.received)
+        return total / count, count
+
+    def _finish(self, step: int, state: State, speed: float, signals: "Signals") -> None:
+        """Scores the whole held-out split, draws and prints; the last checkpoint is saved."""
+        loss, tokens = self._evaluate(state, signals=signals)
+        if not math.isfinite(loss):
+            raise DivergedError(self._diverged(step, loss, loss))
+        unigram = batches.unigram_entropy(self.held_out.targets)
+        final: records.Row = {
+            "kind": "final",
+            "step": step,
+            "tokens": step * self.clock.tokens_per_step,
+            "validation_loss": loss,
+            "validation_perplexity": report.perplexity(loss),
+            "bits_per_byte": batches.bits_per_byte(loss * tokens, self.held_out.text_bytes),
+            "unigram_loss": unigram,
+            "unigram_perplexity": float(np.exp(unigram)),
+            "scored": tokens,
+        }
+        self.metrics.write(final)
+        self.metrics.sync()
+        report.draw(records.read(self.place.metrics), self.place.figure)
+        paths = {
+            "checkpoint": self.checkpoints.path(step),
+            "metrics": self.place.metrics,
+            "figure": self.place.figure,
+        }
+        report.print_result(self.screen, final, speed, paths)
+
+    def _how_to_resume(self, step: int) -> str:
+        words = [word for word in self.command.arguments if word != "--resume"]
+        if self.config.run_dir is None:
+            words += ["--run_dir", str(self.place.path)]
+        line = f"{PROGRAM} {shlex.join([*words, '--resume'])}"
+        return f"the checkpoint of step {step} is saved; go on with: {line}"
+
+    def _diverged(self, step: int, loss: float, grad_norm: float) -> str:
+        name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+        saved = self.checkpoints.steps()
+        kept = (
+            f"the last good checkpoint is {self.checkpoints.path(saved[-1])}"
+            if saved
+            else "no checkpoint had been saved yet"
+        )
+        rate = self.config.optimizer.learning_rate
+        return one_line(
+            f"the {name} is {value} at step {step}; {kept}; begin a new run with a lower "
+            f"--optimizer.learning_rate (it is {rate:g})"
+        )
+
+
+class Signals:
+    """Notes the first Ctrl-C or SIGTERM inside the block; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, _: Any) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class Clock:
+    """Seconds spent on training steps alone."""
+
+    def __init__(self, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self._began = time.perf_counter()
+        self._steps = 0
+
+    def count(self) -> None:
+        """Another step is done."""
+        self._steps += 1
+
+    def seconds(self) -> float:
+        """Since the start, without pauses."""
+        return time.perf_counter() - self._began
+
+    def speed(self) -> float:
+        """Tokens a second."""
+        return self._steps * self.tokens_per_step / self.seconds() if self._steps else 0.0
+
+    def left(self, steps: int) -> float:
+        """Seconds that `steps` more steps will take."""
+        return self.seconds() / self._steps * steps if self._steps else 0.0
+
+    def paused(self) -> "_Pause":
+        """A block whose time doesn't count."""
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, clock: Clock):
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._clock._began += time.perf_counter() - self._start

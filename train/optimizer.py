@@ -1,0 +1,77 @@
+"""From the configuration to an optax transformation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from models.llama import subspace_rules
+from optax_subspace import galore
+from train.config import OptimizerConfig
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+
+class Optimizer(NamedTuple):
+    """An optimizer with what the log says about it."""
+
+    tx: optax.GradientTransformation
+    schedule: Schedule  # step, counted from 0 -> learning rate
+    scale: float  # learning rate x scale is the effective rate of projected matrices
+    projects: bool
+
+
+def make(config: OptimizerConfig, steps: int) -> Optimizer:
+    """Clipping by global norm, then the named optimizer under the warm-up and cosine schedule."""
+    assert config.learning_rate is not None, "train.config.resolve fills it in"
+    schedule = warmup_cosine(
+        config.learning_rate, steps, config.warmup_fraction, config.final_fraction
+    )
+    shared: dict[str, Any] = {
+        "b1": config.b1,
+        "b2": config.b2,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "galore":
+        inner = galore(
+            schedule,
+            config.rank,
+            every=config.every,
+            scale=config.scale,
+            side=config.side,
+            rules=subspace_rules(),
+            **shared,
+        )
+        scale, projects = config.scale, True
+    else:
+        inner = optax.adamw(schedule, **shared)
+        scale, projects = 1.0, False
+    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
+    return Optimizer(tx, schedule, scale, projects)
+
+
+def warmup_cosine(
+    peak: float, steps: int, warmup_fraction: float, final_fraction: float
+) -> Schedule:
+    """Linear rise over the first steps, then a cosine to `final_fraction` of the peak.
+
+    No step is lost: the first one has peak / W, the W-th the peak, the last the final rate.
+
+    >>> rate = warmup_cosine(1.0, 20, 0.1, 0.1)
+    >>> [round(float(rate(step)), 3) for step in (0, 1, 19)]
+    [0.5, 1.0, 0.1]
+    """
+    warmup = max(1, round(warmup_fraction * steps)) if warmup_fraction else 0
+    rest = max(1, steps - max(warmup, 1))
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        t = jnp.asarray(step, jnp.float32)
+        rising = (t + 1) / max(warmup, 1)
+        progress = jnp.clip((t - max(warmup - 1, 0)) / rest, 0.0, 1.0)
+        cosine = final_fraction + (1 - final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return peak * jnp.where(t < warmup, rising, cosine)
+
+    return schedule

@@ -1,0 +1,107 @@
+"""Before training: what is projected, and memory by part. After it: the result and the figure."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from optax_subspace import describe
+from train.memory import Measured, Predicted, mebibytes
+from train.optimizer import Optimizer
+from train.records import Row
+from train.screen import Screen
+
+
+def print_projection(screen: Screen, optimizer: Optimizer, params: Any) -> None:
+    """The table of parameters: path, shape, side and rank."""
+    if not optimizer.projects:
+        screen.say("Nothing is projected: AdamW keeps two moments of every parameter's shape.")
+        return
+    screen.say("What is projected:")
+    screen.say(str(describe(params, optimizer.tx)))
+
+
+def print_memory(screen: Screen, predicted: Predicted, measured: Measured | None) -> None:
+    """The table of memory, predicted and as compiled."""
+    share = predicted.optimizer_state / predicted.adamw_state
+    arguments = "" if measured is None else mebibytes(measured.arguments)
+    temporaries = "" if measured is None else mebibytes(measured.temporaries)
+    total = "" if measured is None else mebibytes(measured.total)
+    rows = [
+        ["weights", mebibytes(predicted.weights), "", ""],
+        [
+            "optimizer state",
+            mebibytes(predicted.optimizer_state),
+            "",
+            f"AdamW's would be {mebibytes(predicted.adamw_state)} (this is {share:.1%})",
+        ],
+        ["batch and counter", mebibytes(predicted.batch), "", ""],
+        ["= arguments of a step", mebibytes(predicted.arguments), arguments, ""],
+        ["gradients, one full tree", mebibytes(predicted.gradients), "", "part of temporaries"],
+        ["temporaries", "", temporaries, "gradients, activations, updates, projections"],
+        ["= peak of a step", "", total, ""],
+    ]
+    screen.say("")
+    screen.table("Memory of a step:", ["part", "predicted", "compiled", ""], rows)
+    screen.say("")
+
+
+def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path]) -> None:
+    """The last table."""
+    loss, unigram = final["validation_loss"], final["unigram_loss"]
+    perplexity, yardstick = final["validation_perplexity"], final["unigram_perplexity"]
+    rows = [
+        ["validation loss", f"{loss:.4f} nats a token"],
+        ["perplexity", f"{perplexity:.2f}"],
+        ["bits per byte", f"{final['bits_per_byte']:.4f}"],
+        [
+            "unigram entropy of the same text",
+            f"{unigram:.4f} nats (perplexity {yardstick:.2f}; ours is {perplexity / yardstick:.3f} "
+            "of it)",
+        ],
+        ["tokens trained on", f"{final['tokens']:,}"],
+        ["tokens/s", f"{speed:,.0f}" if speed else "no step was left to train"],
+        *([name, str(path)] for name, path in paths.items()),
+    ]
+    screen.say("")
+    screen.say("Result on the whole held-out split:")
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        screen.say(f"{name.ljust(width)}  {value}")
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss, or infinity where that is too large for a number."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Loss against steps, with the held-out split and the unigram yardstick, as PNG."""
+    train = [row for row in rows if row["kind"] == "train"]
+    parts = [row for row in rows if row["kind"] == "validation"]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    steps = [row["step"] for row in train]
+    top.plot(steps, [row["loss"] for row in train], lw=0.8, color="tab:blue", label="training")
+    if parts:
+        losses = [row["validation_loss"] for row in parts]
+        where = [row["step"] for row in parts]
+        top.plot(where, losses, "o-", ms=4, color="tab:orange", label="held out, a part")
+    for row in rows:
+        if row["kind"] == "final":
+            place = [row["step"]], [row["validation_loss"]]
+            top.plot(*place, "D", color="tab:red", label="held out, all of it")
+            top.axhline(row["unigram_loss"], ls=":", color="gray", label="its unigram entropy")
+    top.set_ylabel("loss (nats a token)")
+    top.legend()
+    bottom.plot(steps, [row["learning_rate"] for row in train], color="tab:green")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step")
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)

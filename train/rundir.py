@@ -1,0 +1,109 @@
+"""The folder of a run: which one, whether it is free, and what is in it.
+
+- `config.json`: the configuration, every key
+- `metrics.jsonl`: what is a function of the configuration alone
+- `throughput.jsonl`: what depends on the clock
+- `checkpoints/STEP/`: Orbax checkpoints, `damaged/STEP/` those that could not be used
+- `loss.png`: the figure
+"""
+
+import fcntl
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train.cache import write_atomically
+from train.cli import Command
+from train.config import flatten
+from train.errors import UsageError
+
+ROOT = Path("runs")
+
+
+class RunDir(NamedTuple):
+    """A run's folder, and whether an earlier run is to go on in it."""
+
+    path: Path
+    resumes: bool
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def throughput(self) -> Path:
+        return self.path / "throughput.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def figure(self) -> Path:
+        return self.path / "loss.png"
+
+    def open(self, command: Command) -> Any:
+        """Makes the folder and takes its lock, which ends with the process; keep the result.
+
+        Raises:
+          UsageError: the folder can't be made, or another process is training in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise UsageError(
+                f"--run_dir {self.path}: can't be made ({error.strerror}); give another folder"
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"--run_dir {self.path}: another process is training in it; wait for it, or give "
+                "another folder"
+            ) from None
+        if not self.resumes or not (self.path / "config.json").exists():
+            text = json.dumps(flatten(command.config), indent=2)
+            write_atomically(self.path / "config.json", text + "\n")
+        return lock
+
+
+def choose(command: Command) -> RunDir:
+    """The folder that the command means; nothing is made yet.
+
+    A folder that is named must be free unless the run is resumed. Without a name a new run takes
+    the next free number, and `--resume` the newest run of this experiment, model and optimizer.
+    """
+    config = command.config
+    if config.run_dir is not None:
+        path = Path(config.run_dir)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"--run_dir {path}: is a file; give a folder")
+        if _occupied(path) and not config.resume:
+            raise UsageError(
+                f"--run_dir {path}: holds a run already; add --resume to go on with it, or give "
+                "another folder"
+            )
+        return RunDir(path, config.resume and _occupied(path))
+    base = f"{command.experiment}-{command.model}-{config.optimizer.name}"
+    newest = _newest(base)
+    if config.resume:
+        number = max(newest, 1)
+        return RunDir(_numbered(base, number), newest > 0)
+    return RunDir(_numbered(base, newest + 1), False)
+
+
+def _occupied(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
+
+
+def _numbered(base: str, number: int) -> Path:
+    return ROOT / (base if number == 1 else f"{base}-{number}")
+
+
+def _newest(base: str) -> int:
+    pattern = re.compile(re.escape(base) + r"(?:-(\d+))?")
+    names = [path.name for path in ROOT.iterdir()] if ROOT.is_dir() else []
+    matches = [match for name in names if (match := pattern.fullmatch(name))]
+    return max((int(match[1] or 1) for match in matches), default=0)

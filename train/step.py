@@ -1,0 +1,63 @@
+"""One training step, one evaluation step, and the state between steps."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from models import llama
+from models.config import LlamaConfig
+from train.optimizer import Optimizer
+
+
+class State(NamedTuple):
+    """All that a step changes; arrays only, of fixed shapes and dtypes."""
+
+    step: jax.Array  # () int32, steps done
+    params: Any  # nested dicts
+    opt_state: Any
+
+
+class Metrics(NamedTuple):
+    """What a step reports, () float32 each."""
+
+    loss: jax.Array  # before the update
+    grad_norm: jax.Array  # before clipping
+    learning_rate: jax.Array
+
+
+def init_state(model: LlamaConfig, optimizer: Optimizer, key: jax.Array) -> State:
+    """The state before the first step; under `jax.eval_shape` nothing is allocated."""
+    params = llama.init_params(model, key)
+    return State(jnp.zeros([], jnp.int32), params, optimizer.tx.init(params))
+
+
+def make_train_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
+    """A jitted function of the state, which is donated, and of windows (B, S + 1) int32."""
+    definition = llama.graphdef(model)
+
+    def loss_fn(params: Any, windows: jax.Array) -> jax.Array:
+        return llama.merge(definition, params).loss(windows[:, :-1], windows[:, 1:])[0]
+
+    def train_step(state: State, windows: jax.Array) -> tuple[State, Metrics]:
+        loss, gradients = jax.value_and_grad(loss_fn)(state.params, windows)
+        updates, opt_state = optimizer.tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = Metrics(loss, optax.tree.norm(gradients), optimizer.schedule(state.step))
+        return State(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(model: LlamaConfig) -> Any:
+    """A jitted function of parameters, inputs, targets and mask: total nats, tokens."""
+    definition = llama.graphdef(model)
+
+    def eval_step(
+        params: Any, inputs: jax.Array, targets: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        loss, count = llama.merge(definition, params).loss(inputs, targets, mask)
+        return loss * count, count
+
+    return jax.jit(eval_step)
