@@ -11,7 +11,16 @@ from optax_subspace._chaining import (
 )
 from optax_subspace._describe import Description, describe
 from optax_subspace._leaves import LeafPlan, MatrixSpec, plan
-from optax_subspace._projectors import Projector, svd
+from optax_subspace._projectors import (
+    Projector,
+    fixed,
+    history_pca,
+    oja,
+    online_pca,
+    random_projection,
+    subspace_iteration,
+    svd,
+)
 from optax_subspace._subspace import SubspaceState, scale_by_subspace
 
 __version__ = "0.1.0"
@@ -26,12 +35,18 @@ __all__ = [
     "Projector",
     "SubspaceState",
     "describe",
+    "fixed",
     "galore",
+    "history_pca",
     "in_subspace",
+    "oja",
+    "online_pca",
     "plan",
+    "random_projection",
     "scale_by_adam",
     "scale_by_lion",
     "scale_by_subspace",
+    "subspace_iteration",
     "subspace_project",
     "svd",
 ]

@@ -36,7 +36,7 @@ def write_text(folder: Path, documents: int = 12) -> Path:
 
 def start(arguments: list[str], prologue: str = "", cwd: Path = ROOT) -> subprocess.Popen:
     """`python -m train` in a process of its own; `prologue` is code that it runs first."""
-    code = f"{prologue}\nimport sys\nfrom train.cli import main\nsys.exit(main())"
+    code = f"{prologue}\nimport runpy\nrunpy.run_module('train', run_name='__main__')"
     program = ["-c", code] if prologue else ["-m", "train"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)

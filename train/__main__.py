@@ -3,6 +3,8 @@
 import sys
 
 from train.cli import main
+from train.errors import quiet_late_writers
 
 if __name__ == "__main__":
+    quiet_late_writers()
     sys.exit(main())

@@ -2,6 +2,8 @@
 
 import errno
 import signal
+import sys
+from typing import Any
 
 
 class TrainError(Exception):
@@ -65,3 +67,20 @@ def one_line(text: object) -> str:
     'first second'
     """
     return " ".join(str(text).split())
+
+
+def quiet_late_writers() -> None:
+    """Keeps the remains of a failed save off stderr.
+
+    When one file of a checkpoint can't be written, Orbax ends its event loop while TensorStore
+    still writes others. Each of those then reports that the loop is closed, as an error that nobody
+    can catch, around the one line that says what happened.
+    """
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            report(unraisable)
+
+    sys.unraisablehook = hook

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import batches, corpus, memory, records, report, rundir
+from train import batches, corpus, devices, memory, records, report, rundir
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import PROGRAM, Command
 from train.errors import DivergedError, Interrupted, one_line
@@ -31,6 +31,8 @@ def run(command: Command) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config, screen = command.config, Screen()
     place = rundir.choose(command)
+    if kind := devices.idle_accelerator():
+        screen.say(f"warning: {devices.warning(kind)}")
 
     data = corpus.load(config.data)
     held_out = batches.held_out(data)

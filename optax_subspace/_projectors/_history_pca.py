@@ -1,0 +1,63 @@
+"""History PCA: a basis that remembers past gradients in ``r`` numbers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from optax_subspace._projectors._base import Projector
+from optax_subspace._projectors._svd import svd
+
+
+def history_pca(decay: float = 0.8) -> Projector:
+    r"""Decayed power iteration: a memory of past gradients in ``r`` numbers, and one QR a step.
+
+    .. math::
+      Q R = \mathrm{qr}\bigl(\gamma P \,\mathrm{diag}(d) + (1 - \gamma) G G^\top P
+          / \lVert G \rVert_F^2\bigr), \qquad P' = Q, \quad d' = |\mathrm{diag} R|
+
+    with the signs of ``Q`` such that the diagonal of ``R`` is positive. It has no learning rate,
+    stays orthonormal, and is online PCA in the sense of the convergence theorem.
+
+    Args:
+      decay: :math:`\gamma`, the weight of the past; 0.5 follows a jump of the subspace in half the
+        steps and averages over fewer gradients.
+
+    Returns:
+      A :class:`Projector` whose state is ``d`` of shape ``(r,)``.
+
+    Raises:
+      ValueError: ``decay`` outside of ``[0, 1)``.
+
+    References:
+      Yang, Hsieh and Wang, `History PCA <https://arxiv.org/abs/1802.05447>`_, 2018, algorithm 2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> history_pca().follow(jnp.eye(3)[:, :1], jnp.eye(3)[:, :1], jnp.ones(1))[1].tolist()
+      [1.0]
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"history_pca: decay must lie in [0, 1), got {decay}")
+
+    def update(gradient, basis, state):
+        basis, _ = svd().update(gradient, basis, ())
+        gradient = gradient / jnp.linalg.norm(gradient)
+        return basis, jnp.sum((gradient.T @ basis) ** 2, axis=0)
+
+    def follow(product, basis, state):
+        return positive_qr(decay * basis * state + (1 - decay) * product)
+
+    return Projector(
+        init=lambda key, m, n, rank: jnp.zeros(rank, jnp.float32),
+        update=update,
+        every=None,
+        follow=follow,
+    )
+
+
+def positive_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The orthonormal factor ``(m, r)`` with signs that make R's diagonal positive, and that."""
+    q, r = jnp.linalg.qr(matrix)
+    diagonal = jnp.diagonal(r)
+    return q * jnp.where(diagonal < 0, -1, 1), jnp.abs(diagonal)

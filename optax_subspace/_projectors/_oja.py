@@ -1,0 +1,40 @@
+"""Oja's rule with retraction."""
+
+from __future__ import annotations
+
+from optax_subspace._projectors._base import Projector
+from optax_subspace._projectors._history_pca import positive_qr
+from optax_subspace._projectors._svd import svd
+
+
+def oja(step: float = 10.0) -> Projector:
+    r"""Oja's rule with retraction.
+
+    .. math::
+      P' = \mathrm{qr}\bigl(P + \eta\, G G^\top P / \lVert G \rVert_F^2\bigr)
+
+    Args:
+      step: :math:`\eta`, free of the gradient's scale.
+
+    Returns:
+      A :class:`Projector` without state.
+
+    Raises:
+      ValueError: ``step`` is not positive.
+
+    References:
+      Oja, Simplified neuron model as a principal component analyzer, 1982, equation 3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> basis, _ = oja().follow(jnp.eye(3)[:, 1:2], jnp.eye(3)[:, :1], ())
+      >>> print(basis.ravel().round(2))
+      [0.1 1.  0. ]
+    """
+    if not step > 0:
+        raise ValueError(f"oja: step must be positive, got {step}")
+
+    def follow(product, basis, state):
+        return positive_qr(basis + step * product)[0], state
+
+    return Projector(lambda key, m, n, rank: (), svd().update, every=None, follow=follow)

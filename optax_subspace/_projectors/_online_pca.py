@@ -1,0 +1,72 @@
+"""Online PCA: one optimizer step a training step on the gradient's reconstruction error."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+
+from optax_subspace._projectors._base import Projector
+from optax_subspace._projectors._svd import svd
+
+
+def online_pca(
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    orthogonality: float = 0.1,
+    relative: bool = True,
+) -> Projector:
+    r"""One step of an optimizer per training step on the reconstruction error of the gradient.
+
+    .. math::
+      L_t(P) = \frac{\lVert G_t - P P^\top G_t \rVert_F^2}{\lVert G_t \rVert_F^2}
+          + \lambda \lVert P^\top P - I \rVert_F^2
+
+    The first basis is that of :func:`svd`; each later gradient moves it for the next step. With
+    :math:`B = G G^\top P / \lVert G \rVert_F^2` the loss' gradient is
+    :math:`2 [P (P^\top B) + B (P^\top P) - 2 B] + 4 \lambda P (P^\top P - I)`, in which no
+    ``m x m`` matrix is formed.
+
+    Args:
+      optimizer: any optax optimizer on ``P``, ``optax.adam(0.1)`` by default; its state has the
+        shape of ``P`` and its learning rate may be a schedule of the basis steps.
+      orthogonality: weight :math:`\lambda`; zero in the published code, 0.1 in the paper.
+      relative: divide the optimizer's steps by ``sqrt(m)``, the size of a basis' entries being
+        ``1 / sqrt(m)``, so that one learning rate serves every ``m`` under sign-like optimizers
+        such as Adam and Lion.
+
+    Returns:
+      A :class:`Projector` whose state is that of ``optimizer``.
+
+    Raises:
+      ValueError: negative ``orthogonality``.
+
+    References:
+      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> published = online_pca(
+      ...     optax.adamw(1 / 200, weight_decay=0.01), orthogonality=0.0, relative=False
+      ... )
+      >>> state = published.init(jax.random.key(0), 6, 4, 2)
+      >>> jax.tree.map(jnp.shape, state[0].mu)
+      (6, 2)
+    """
+    if orthogonality < 0:
+        raise ValueError(f"online_pca: orthogonality must not be negative, got {orthogonality}")
+    optimizer = optax.adam(0.1) if optimizer is None else optimizer
+
+    def follow(product, basis, state):
+        gram = basis.T @ basis
+        slope = 2 * (basis @ (basis.T @ product) + product @ gram - 2 * product)
+        slope += 4 * orthogonality * (basis @ (gram - jnp.eye(gram.shape[0], dtype=gram.dtype)))
+        step, state = optimizer.update(slope, state, basis)
+        step = step / jnp.sqrt(basis.shape[0]).astype(basis.dtype) if relative else step
+        return basis + step, state
+
+    return Projector(
+        init=lambda key, m, n, rank: optimizer.init(jnp.zeros((m, rank), jnp.float32)),
+        update=svd().update,
+        every=None,
+        follow=follow,
+    )

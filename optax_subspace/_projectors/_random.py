@@ -1,0 +1,39 @@
+"""Random orthonormal bases, which ask nothing of the gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from optax_subspace._projectors._base import Projector
+from optax_subspace._projectors._svd import check_every
+
+
+def random_projection(every: int = 200) -> Projector:
+    """A basis drawn uniformly from all orthonormal ones, anew every so many steps.
+
+    Args:
+      every: number of steps from one basis to the next.
+
+    Returns:
+      A :class:`Projector` whose state is a random key.
+
+    Raises:
+      ValueError: ``every`` below one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> rule = random_projection()
+      >>> state = rule.init(jax.random.key(0), 6, 4, 2)
+      >>> basis, state = rule.update(jnp.ones((6, 4)), jnp.zeros((6, 2)), state)
+      >>> bool(jnp.allclose(basis.T @ basis, jnp.eye(2), atol=1e-6))
+      True
+    """
+    check_every(every)
+
+    def update(gradient, basis, state):
+        carried, key = jax.random.split(jax.random.wrap_key_data(state))
+        new, _ = jnp.linalg.qr(jax.random.normal(key, basis.shape, gradient.dtype))
+        return new, jax.random.key_data(carried)
+
+    return Projector(lambda key, m, n, rank: jax.random.key_data(key), update, every)

@@ -1,0 +1,76 @@
+"""Randomized subspace iteration, warm-started from the basis before."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from optax_subspace._projectors._base import Projector
+from optax_subspace._projectors._svd import align_signs, check_every
+
+# Without a basis to start from, one power step is not enough on a slowly falling spectrum.
+_EXTRA_POWER_AT_FIRST = 2
+
+
+def subspace_iteration(every: int = 200, power: int = 1, oversample: int = 0) -> Projector:
+    r"""Multiplies the last basis by :math:`G G^\top` and orthonormalises, every so many steps.
+
+    .. math::
+      P' = \mathrm{qr}\bigl((G G^\top)^{q} [P, \Omega]\bigr)
+
+    with :math:`q` = ``power`` and ``oversample`` random columns :math:`\Omega`, after which the
+    leading ``r`` directions are kept. The first basis starts from random columns alone and takes
+    two power steps more. A refresh costs ``4 q m n r`` operations and one QR of ``(m, r)``, which
+    is an order of magnitude below an SVD.
+
+    Args:
+      every: number of steps from one basis to the next.
+      power: multiplications by ``G G^T`` at a refresh.
+      oversample: random directions that are tried besides the last basis.
+
+    Returns:
+      A :class:`Projector` whose state is a random key.
+
+    Raises:
+      ValueError: ``every`` or ``power`` below one, or a negative ``oversample``.
+
+    References:
+      Halko, Martinsson and Tropp, `Finding structure with randomness
+      <https://arxiv.org/abs/0909.4061>`_, 2011, algorithm 4.4.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> rule = subspace_iteration(every=200)
+      >>> state = rule.init(jax.random.key(0), 3, 3, 1)
+      >>> gradient = jnp.diag(jnp.array([9.0, 1.0, 1.0]))
+      >>> basis, _ = rule.update(gradient, jnp.zeros((3, 1)), state)
+      >>> jnp.abs(basis).round(3).tolist()
+      [[1.0], [0.0], [0.0]]
+    """
+    check_every(every)
+    if not isinstance(power, int) or power < 1:
+        raise ValueError(f"subspace_iteration: power must be at least 1, got {power!r}")
+    if not isinstance(oversample, int) or oversample < 0:
+        raise ValueError(f"subspace_iteration: oversample must not be negative, got {oversample!r}")
+
+    def update(gradient, basis, state):
+        m, rank = basis.shape
+        carried, key = jax.random.split(jax.random.wrap_key_data(state))
+        columns = min(m, gradient.shape[1], rank + oversample)
+        noise = jax.random.normal(key, (m, columns), gradient.dtype)
+        first = jnp.all(basis == 0)
+        start = jnp.where(first, noise, noise.at[:, :rank].set(basis))
+        gradient = gradient / jnp.linalg.norm(gradient)
+
+        def iterate(_, q):
+            return jnp.linalg.qr(gradient @ (gradient.T @ q))[0]
+
+        steps = jnp.where(first, power + _EXTRA_POWER_AT_FIRST, power)
+        new = jax.lax.fori_loop(0, steps, iterate, start)
+        if columns > rank:
+            # The leading directions within the span (Rayleigh and Ritz).
+            inside = new.T @ gradient
+            new = new @ jnp.linalg.eigh(inside @ inside.T)[1][:, ::-1][:, :rank]
+        return align_signs(new, basis), jax.random.key_data(carried)
+
+    return Projector(lambda key, m, n, rank: jax.random.key_data(key), update, every)
