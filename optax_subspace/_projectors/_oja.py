@@ -28,8 +28,8 @@ def oja(step: float = 10.0) -> Projector:
     Example:
       >>> import jax.numpy as jnp
       >>> basis, _ = oja().follow(jnp.eye(3)[:, 1:2], jnp.eye(3)[:, :1], ())
-      >>> print(basis.ravel().round(2))
-      [0.1 1.  0. ]
+      >>> [round(float(x), 2) for x in basis[:, 0]]
+      [0.1, 1.0, 0.0]
     """
     if not step > 0:
         raise ValueError(f"oja: step must be positive, got {step}")
