@@ -1,4 +1,4 @@
-"""Settings of the whole suite: CPU, eight host devices, float32."""
+"""Settings of the whole suite: it runs on the CPU, whatever else the machine has."""
 
 import os
 
