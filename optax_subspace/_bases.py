@@ -183,7 +183,7 @@ def _refresh(
     def refresh_slice(i, carry):
         slice_ = order[i]
         take = lambda x: jax.lax.dynamic_index_in_dim(x, slice_, keepdims=False)
-        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), slice_, 0)
+        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, slice_, 0)
         gradient, old = take(matrices), jax.tree.map(take, carry)
         gradient = gradient if side == "left" else gradient.T
         new = jax.lax.cond(

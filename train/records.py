@@ -26,6 +26,7 @@ class Records:
     def __init__(self, path: Path, step: int, *, keep_later: bool = False):
         if not keep_later or not step:
             _truncate(path, step)
+        # Open for the whole run; `close` ends it.
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, row: Row) -> None:

@@ -51,6 +51,7 @@ class RunDir(NamedTuple):
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # The caller keeps it open: the lock ends with the file.
             lock = open(self.path / ".lock", "w")  # noqa: SIM115
         except OSError as error:
             raise UsageError(
