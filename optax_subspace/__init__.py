@@ -10,9 +10,11 @@ from optax_subspace._chaining import (
     subspace_project,
 )
 from optax_subspace._describe import Description, describe
-from optax_subspace._leaves import LeafPlan, MatrixSpec, plan
+from optax_subspace._leaves import LeafPlan, MatrixSpec
+from optax_subspace._plan import plan
 from optax_subspace._projectors import (
     Projector,
+    adaptive_period,
     fixed,
     history_pca,
     oja,
@@ -34,6 +36,7 @@ __all__ = [
     "ProjectionState",
     "Projector",
     "SubspaceState",
+    "adaptive_period",
     "describe",
     "fixed",
     "galore",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,36 +16,54 @@ from optax_subspace import _leaves
 from optax_subspace._describe import record, warn_about_rules
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan, Rules
+from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projection import compute_dtype, project, to_matrices
 from optax_subspace._projectors import Projector, svd
+from optax_subspace._refresh import Turn, follow, refresh
+
+MOMENTS = ("keep", "project", "reset")
+
+_NEVER = np.iinfo(np.int32).max
 
 
 class LeafBasis(NamedTuple):
-    """The subspace of one projected leaf.
+    """The subspace of one projected leaf. Every field has the leaf's batch axes in front.
 
     Attributes:
       bases: one basis per side: ``(*batch, m, r)`` left, ``(*batch, n, r)`` right.
-      rule: the projector's own state per side, with the batch axes in front.
+      rule: the projector's own state per side.
       age: int32 ``(*batch,)``, gradients used since the first basis; zero before it.
+      due: int32 ``(*batch,)``, the age at which the projector's ``update`` comes next.
+      period: int32 ``(*batch,)``, steps between updates in units of the projector's ``every``.
+      refreshes: int32 ``(*batch,)``, how often ``update`` has given a new basis.
+      drift: float32 ``(*batch,)``, one minus the mean squared cosine of the principal angles
+        between the last two bases; zero before there are two.
     """
 
     bases: tuple[jax.Array, ...]
     rule: tuple[Any, ...]
     age: jax.Array
+    due: jax.Array
+    period: jax.Array
+    refreshes: jax.Array
+    drift: jax.Array
 
 
 class ProjectionState(NamedTuple):
     """State of the projection of a whole tree.
 
     Attributes:
-      steps: int32 scalar, the steps taken.
+      steps: int32 scalar, the gradients seen, micro-batches counted one by one.
       leaves: the basis of each projected leaf by its path.
       skipped: int32 scalar by path: how often a leaf's gradient was not finite.
+      accumulated: sum of the low-rank gradients of the micro-batches so far, by path; empty
+        without accumulation.
     """
 
     steps: jax.Array
     leaves: dict[str, LeafBasis]
     skipped: dict[str, jax.Array]
+    accumulated: dict[str, jax.Array]
 
 
 class Subspace:
@@ -51,13 +71,17 @@ class Subspace:
 
     def __init__(
         self,
-        rank: int = 128,
-        projector: Projector | None = None,
-        side: str = "shorter",
-        scale: optax.ScalarOrSchedule = 1.0,
-        rules: Rules | None = None,
-        projector_dtype: Any = None,
-        seed: int = 0,
+        rank: int,
+        projector: Projector | None,
+        side: str,
+        scale: optax.ScalarOrSchedule,
+        rules: Rules | None,
+        projector_dtype: Any,
+        stagger: bool,
+        moments: str,
+        accumulate: int,
+        seed: int,
+        inner: optax.GradientTransformation | None = None,
     ):
         _leaves.check_rank(rank)
         _leaves.check_side(side)
@@ -66,12 +90,25 @@ class Subspace:
             raise TypeError(
                 f"projector must be a Projector such as svd(every=200), got {projector!r}"
             )
+        if moments not in MOMENTS:
+            raise ValueError(f"moments must be one of {', '.join(MOMENTS)}, got {moments!r}")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate must be a positive number of gradients: {accumulate!r}")
         self.rank, self.side, self.scale, self.rules = rank, side, scale, rules
-        self.projector, self.seed = projector, seed
+        self.projector, self.inner = projector, inner
+        self.stagger, self.moments, self.accumulate, self.seed = stagger, moments, accumulate, seed
         self.projector_dtype = None if projector_dtype is None else jnp.dtype(projector_dtype)
 
     def plan(self, tree: Any) -> list[LeafPlan]:
-        return _leaves.plan(tree, self.rules, rank=self.rank, side=self.side)
+        return plan_tree(
+            tree,
+            self.rules,
+            rank=self.rank,
+            side=self.side,
+            projector=self.projector,
+            inner=self.inner,
+            projector_dtype=self.projector_dtype,
+        )
 
     def init(self, params: optax.Params) -> tuple[ProjectionState, list[LeafPlan]]:
         """Bases of zeros: the first gradient gives the first basis. Only shapes are read."""
@@ -83,14 +120,22 @@ class Subspace:
             # optax.tree_map_params initialises on a tree without leaves and wants each field to
             # be a prefix of the real state's.
             nothing: Any = zero
-            return ProjectionState(zero, nothing, nothing), plans
+            return ProjectionState(zero, nothing, nothing, nothing), plans
         _check_unique(plans)
         leaves = {p.path: self._init_leaf(i, p) for i, p in enumerate(plans) if p.projected}
         skipped = {p.path: jnp.zeros([], jnp.int32) for p in plans}
-        return ProjectionState(zero, leaves, skipped), plans
+        accumulated = {}
+        if self.accumulate > 1:
+            accumulated = {p.path: jnp.zeros(p.low_shape, compute_dtype(p.dtype)) for p in plans}
+        return ProjectionState(zero, leaves, skipped, accumulated), plans
 
     def _init_leaf(self, index: int, plan: LeafPlan) -> LeafBasis:
         rule = plan.projector or self.projector
+        if rule.follow is not None and self.moments == "reset":
+            raise ValueError(
+                f"parameter {plan.path}: moments='reset' with a projector that follows every "
+                "gradient would forget the moments at every step: use 'keep' or 'project'"
+            )
         key = jax.random.fold_in(jax.random.key(self.seed), index)
         slices = int(np.prod(plan.batch_shape, dtype=int))
         states = []
@@ -100,10 +145,15 @@ class Subspace:
             state = jax.vmap(lambda k, m=m, n=n: rule.init(k, m, n, plan.rank))(keys)
             states.append(jax.tree.map(lambda x: x.reshape(plan.batch_shape + x.shape[1:]), state))
         dtype = self.projector_dtype or compute_dtype(plan.dtype)
+        per_slice = lambda value, dtype: jnp.full(plan.batch_shape, value, dtype)
         return LeafBasis(
             bases=tuple(jnp.zeros(shape, dtype) for shape in plan.basis_shapes),
             rule=tuple(states),
-            age=jnp.zeros(plan.batch_shape, jnp.int32),
+            age=per_slice(0, jnp.int32),
+            due=per_slice(0, jnp.int32),
+            period=per_slice(1, jnp.int32),
+            refreshes=per_slice(0, jnp.int32),
+            drift=per_slice(0, jnp.float32),
         )
 
     def project(
@@ -114,52 +164,130 @@ class Subspace:
         steps = optax.safe_increment(state.steps)
         if not plans:
             return [], state._replace(steps=steps)
-        _check_state(plans, state)
-        leaves, skipped, handed = {}, {}, []
+        _check_state(plans, state, self.accumulate)
+        offsets = _offsets(plans) if self.stagger else {}
+        first, last = None, None
+        if self.accumulate > 1:
+            first = state.steps % self.accumulate == 0
+            last = state.steps % self.accumulate == self.accumulate - 1
+        leaves, skipped, accumulated, handed = {}, {}, {}, []
         for plan, leaf in zip(plans, jax.tree.leaves(updates), strict=True):
             low = leaf.astype(compute_dtype(leaf.dtype))
-            bases: tuple[jax.Array, ...] = ()
-            if plan.projected:
-                low, bases, leaves[plan.path] = self._project_leaf(
-                    low, plan, state.leaves[plan.path]
+            old = state.leaves.get(plan.path)
+            if old is not None:
+                matrices = to_matrices(low, plan)
+                basis, before = self._refresh_leaf(
+                    matrices, plan, old, offsets.get(plan.path), first
                 )
+                projected = low = project(matrices, basis.bases, plan)
+            if last is not None:
+                # A gradient that is not finite makes the sum so, which skips all of it.
+                total = state.accumulated[plan.path] + low
+                accumulated[plan.path] = jnp.where(last, 0, total)
+                low = total / self.accumulate
             finite = jnp.all(jnp.isfinite(low))
-            skipped[plan.path] = state.skipped[plan.path] + (1 - finite.astype(jnp.int32))
-            factor = self._factor(plan, state.steps)
-            low = jnp.where(finite, low, 0)
-            handed.append(LowRankUpdate(low, finite, bases, plan, factor, leaf.dtype, self.rank))
-        return handed, ProjectionState(steps, leaves, skipped)
+            used = finite if last is None else finite & last
+            ended = True if last is None else last
+            skipped[plan.path] = state.skipped[plan.path] + (ended & ~finite).astype(jnp.int32)
+            handed_on = LowRankUpdate(
+                low=jnp.where(finite, low, 0),
+                used=used,
+                ready=last,
+                plan=plan,
+                factor=self._factor(plan, state.steps // self.accumulate),
+                dtype_out=leaf.dtype,
+                rank=self.rank,
+            )
+            if old is not None:
+                handed_on.bases, handed_on.before = basis.bases, before
+                # A slice without any gradient yet has no basis yet.
+                begun = used & ((old.age > 0) | jnp.any(low != 0, axis=(-2, -1)))
+                basis = basis._replace(age=old.age + begun.astype(jnp.int32))
+                moves = begun & (old.age > 0) & (basis.refreshes == old.refreshes)
+                leaves[plan.path], handed_on.after = self._follow_leaf(
+                    matrices, projected, plan, basis, moves
+                )
+            handed.append(handed_on)
+        return handed, ProjectionState(steps, leaves, skipped, accumulated)
 
-    def _project_leaf(
-        self, leaf: jax.Array, plan: LeafPlan, old: LeafBasis
-    ) -> tuple[jax.Array, tuple[jax.Array, ...], LeafBasis]:
-        """The low-rank gradient, the bases it was made with, and those of the next step."""
+    def _refresh_leaf(
+        self,
+        matrices: jax.Array,
+        plan: LeafPlan,
+        old: LeafBasis,
+        offset: np.ndarray | None,
+        first: jax.Array | None,
+    ) -> tuple[LeafBasis, Turn | None]:
+        """New bases for the slices that are due, and what that means for the moments."""
         rule = plan.projector or self.projector
-        matrices = to_matrices(leaf, plan)
-        due = old.age == 0 if rule.every is None else old.age % rule.every == 0
+        due = old.age >= old.due
+        if first is not None:
+            due &= first
         # The whole leaf is skipped if any of it is not finite. On other steps the low-rank gradient
         # tells, and the full one need not be read again.
         due &= jax.lax.cond(
             jnp.any(due), lambda: jnp.all(jnp.isfinite(matrices)), lambda: jnp.array(False)
         )
-        refreshed = [
-            _refresh(rule, due, matrices, side, basis, state)
+        turns = rule.every is not None and self.moments != "keep"
+        rotate = turns and self.moments == "project"
+        sides = [
+            refresh(rule, due, matrices, side, basis, state, rotate)
             for side, basis, state in zip(plan.sides, old.bases, old.rule, strict=True)
         ]
-        bases, states = zip(*refreshed, strict=True)
-        low = project(matrices, bases, plan)
-        finite = jnp.all(jnp.isfinite(low))
-        # A slice without any gradient yet has no basis yet.
-        started = (old.age > 0) | jnp.any(low != 0, axis=(-2, -1))
-        new = LeafBasis(bases, states, old.age + (started & finite).astype(jnp.int32))
-        if rule.follow is not None:
-            followed = [
-                _follow(rule, started & finite & ~due, matrices, side, basis, state)
-                for side, basis, state in zip(plan.sides, bases, states, strict=True)
-            ]
-            next_bases, states = zip(*followed, strict=True)
-            new = new._replace(bases=next_bases, rule=states)
-        return low, bases, new
+        done, initial = sides[0].done, old.refreshes == 0
+        overlap = jnp.min(jnp.stack([s.overlap for s in sides]), axis=0)
+        period = old.period
+        if rule.cosine is not None:
+            still = ~initial & (overlap >= rule.cosine**2)
+            period = jnp.where(still, jnp.minimum(2 * period, rule.longest), 1)
+        if rule.every is None:
+            due_next = jnp.full_like(old.due, _NEVER)
+        else:
+            early = 0 if offset is None else np.floor(offset * rule.every).astype(np.int32)
+            due_next = old.age + rule.every * period - jnp.where(initial, early, 0)
+        new = LeafBasis(
+            bases=tuple(s.basis for s in sides),
+            rule=tuple(s.rule for s in sides),
+            age=old.age,
+            due=jnp.where(done, due_next, old.due),
+            period=jnp.where(done, period, old.period),
+            refreshes=old.refreshes + done.astype(jnp.int32),
+            drift=jnp.where(done & ~initial, 1 - overlap, old.drift),
+        )
+        if not turns:
+            return new, None
+        rotations = tuple(s.rotation for s in sides if s.rotation is not None) if rotate else None
+        return new, Turn(done, rotations)
+
+    def _follow_leaf(
+        self,
+        matrices: jax.Array,
+        low: jax.Array,
+        plan: LeafPlan,
+        basis: LeafBasis,
+        moves: jax.Array,
+    ) -> tuple[LeafBasis, Turn | None]:
+        """The bases of the next step, for a rule that follows the gradient."""
+        rule = plan.projector or self.projector
+        if rule.follow is None:
+            return basis, None
+        rotate = self.moments == "project"
+        sides = []
+        for side, old, state in zip(plan.sides, basis.bases, basis.rule, strict=True):
+            alone = dataclasses.replace(plan, sides=(side,))
+            coordinates = low if plan.sides == (side,) else project(matrices, (old,), alone)
+            sides.append(follow(rule, moves, matrices, side, coordinates, old, state, rotate))
+        overlap = jnp.min(jnp.stack([s.overlap for s in sides]), axis=0)
+        followed = basis._replace(
+            bases=tuple(s.basis for s in sides),
+            rule=tuple(s.rule for s in sides),
+            drift=jnp.where(sides[0].done, 1 - overlap, basis.drift),
+        )
+        if not rotate:
+            return followed, None
+        return followed, Turn(
+            sides[0].done, tuple(s.rotation for s in sides if s.rotation is not None)
+        )
 
     def _factor(self, plan: LeafPlan, step: jax.Array) -> Any:
         if plan.scale is not None:
@@ -167,61 +295,20 @@ class Subspace:
         return self.scale(step) if callable(self.scale) else self.scale
 
 
-def _refresh(
-    rule: Projector, due: jax.Array, matrices: jax.Array, side: str, basis: jax.Array, state: Any
-) -> tuple[jax.Array, Any]:
-    """Applies ``rule`` to those slices of ``(*batch, m, n)`` that are due.
+def _offsets(plans: Sequence[LeafPlan]) -> dict[str, np.ndarray]:
+    """For each slice the part of a period, in [0, 1), by which its refreshes come early.
 
-    A loop over the due slices only: on most steps it has no turn, and its carried buffers are
-    updated in place, where a branch would keep the old and the new stack of bases.
+    Slices take turns in the order of the leaves; between two the time is in proportion to the
+    work, which for all rules grows with the size of the slice.
     """
-    batch = due.shape
-    flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
-    matrices, due = flat(matrices), due.reshape(-1)
-    order = jnp.argsort(~due, stable=True)
-
-    def refresh_slice(i, carry):
-        slice_ = order[i]
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, slice_, keepdims=False)
-        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, slice_, 0)
-        gradient, old = take(matrices), jax.tree.map(take, carry)
-        gradient = gradient if side == "left" else gradient.T
-        new = jax.lax.cond(
-            jnp.any(gradient != 0), lambda: _checked(rule.update, gradient, *old), lambda: old
-        )
-        return jax.tree.map(put, carry, new)
-
-    carry = jax.tree.map(flat, (basis, state))
-    basis, state = jax.lax.fori_loop(0, jnp.sum(due, dtype=jnp.int32), refresh_slice, carry)
-    return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), (basis, state))
-
-
-def _follow(
-    rule: Projector, moves: jax.Array, matrices: jax.Array, side: str, basis: jax.Array, state: Any
-) -> tuple[jax.Array, Any]:
-    """One step of ``rule.follow`` in those slices of ``(*batch, m, n)`` that move."""
-
-    def follow_slice(moves, matrix, basis, state):
-        gradient = matrix if side == "left" else matrix.T
-        squared = jnp.maximum(jnp.sum(gradient**2), jnp.finfo(gradient.dtype).tiny)
-        product = gradient @ (gradient.T @ basis.astype(gradient.dtype)) / squared
-        new = _checked(rule.follow, product, basis, state)
-        return jax.tree.map(lambda n, o: jnp.where(moves, n, o), new, (basis, state))
-
-    for _ in moves.shape:
-        follow_slice = jax.vmap(follow_slice)
-    return follow_slice(moves, matrices, basis, state)
-
-
-def _checked(rule: Any, array: jax.Array, basis: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-    """Applies a rule's function in the arithmetic's dtype and stores in the state's."""
-    new_basis, new_state = rule(array, basis.astype(array.dtype), state)
-    if new_basis.shape != basis.shape:
-        raise ValueError(
-            f"the projector returned a basis of shape {new_basis.shape}, expected {basis.shape}"
-        )
-    store = lambda new, old: jnp.asarray(new, old.dtype)
-    return store(new_basis, basis), jax.tree.map(store, new_state, state)
+    sizes = {p.path: (p.batch_shape, math.prod(p.matrix_shape)) for p in plans if p.projected}
+    total = sum(math.prod(batch) * size for batch, size in sizes.values())
+    offsets, before = {}, 0
+    for path, (batch, size) in sizes.items():
+        slices = math.prod(batch)
+        offsets[path] = ((before + size * np.arange(slices)) / total).reshape(batch)
+        before += size * slices
+    return offsets
 
 
 def _check_unique(plans: Sequence[LeafPlan]) -> None:
@@ -232,11 +319,16 @@ def _check_unique(plans: Sequence[LeafPlan]) -> None:
         seen.add(p.path)
 
 
-def _check_state(plans: Sequence[LeafPlan], state: ProjectionState) -> None:
-    """Raises if the state was made for other leaves, ranks, sides or axes."""
+def _check_state(plans: Sequence[LeafPlan], state: ProjectionState, accumulate: int) -> None:
+    """Raises if the state was made for other leaves, ranks, sides, axes or accumulation."""
     remedy = "initialise the state with the same transformation and parameters"
     if not isinstance(state.leaves, dict) or set(state.skipped) != {p.path for p in plans}:
         raise ValueError(f"the state belongs to other parameters than the gradient: {remedy}")
+    if bool(state.accumulated) != (accumulate > 1):
+        has = "has" if state.accumulated else "has no"
+        raise ValueError(
+            f"the state {has} accumulated gradients, accumulate={accumulate}: {remedy}"
+        )
     for p in plans:
         leaf = state.leaves.get(p.path)
         found = None if leaf is None else tuple(b.shape for b in leaf.bases)

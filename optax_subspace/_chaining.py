@@ -39,6 +39,9 @@ def subspace_project(
     scale: optax.ScalarOrSchedule = 1.0,
     rules: Rules | None = None,
     projector_dtype: Any = None,
+    stagger: bool = False,
+    moments: str = "keep",
+    accumulate: int = 1,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Projects gradients for the next member of the chain, which must be an ``in_subspace``.
@@ -47,7 +50,9 @@ def subspace_project(
     ``scale_by_subspace(inner, rank=rank)``, whose arguments these are.
 
     Args:
-      rank, projector, side, scale, rules, projector_dtype, seed: see :func:`scale_by_subspace`.
+      rank, projector, side, scale, rules, projector_dtype, stagger, moments, accumulate, seed: see
+        :func:`scale_by_subspace`. What comes next is not known here, so ``side="auto"`` counts the
+        bytes of Adam's two moments.
 
     Returns:
       A transformation with state :class:`ProjectionState`. Its updates can be used by
@@ -65,7 +70,9 @@ def subspace_project(
       >>> tx.init({"w": jnp.ones((16, 8))})[1].inner.mu["w"].shape
       (16, 2)
     """
-    subspace = Subspace(rank, projector, side, scale, rules, projector_dtype, seed)
+    subspace = Subspace(
+        rank, projector, side, scale, rules, projector_dtype, stagger, moments, accumulate, seed
+    )
 
     def init_fn(params):
         state, plans = subspace.init(params)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from optax_subspace._inner_state import tree_bytes
 from optax_subspace._leaves import LeafPlan, Rules, compile_rules
 
 
@@ -76,11 +77,7 @@ def describe(params: optax.Params, tx: optax.GradientTransformation) -> Descript
     with recording() as plans:
         state = jax.eval_shape(tx.init, params)
     adam = jax.eval_shape(optax.scale_by_adam().init, params)
-    return Description(list(plans), _bytes(state), _bytes(adam))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return Description(list(plans), tree_bytes(state), tree_bytes(adam))
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import jax
 
 from optax_subspace._leaves import LeafPlan
+from optax_subspace._refresh import Turn
 
 
 class LowRankUpdate:
@@ -17,28 +18,45 @@ class LowRankUpdate:
 
     Attributes:
       low: gradient of shape ``plan.low_shape``, zero if it was not finite.
-      finite: boolean scalar.
-      bases: the basis of each of ``plan.sides``.
+      used: boolean scalar; where false, the leaf's update is zero and its inner state is kept.
+      ready: boolean scalar, whether micro-batches are complete; None without accumulation.
       plan: the leaf's static plan.
       factor: factor on the lifted update, a Python number or a scalar array.
       dtype_out: dtype of the incoming gradient, which the update takes on again.
       rank: the rank given to the projection, for its error message.
+      bases: the basis of each of ``plan.sides``.
+      before, after: changes of basis that the moments go through before and after this update.
     """
 
-    __slots__ = ("bases", "dtype_out", "factor", "finite", "low", "plan", "rank")
+    __slots__ = (
+        "after",
+        "bases",
+        "before",
+        "dtype_out",
+        "factor",
+        "low",
+        "plan",
+        "rank",
+        "ready",
+        "used",
+    )
 
     def __init__(
         self,
         low: jax.Array,
-        finite: jax.Array,
-        bases: tuple[jax.Array, ...],
+        used: jax.Array,
+        ready: jax.Array | None,
         plan: LeafPlan,
         factor: Any,
         dtype_out: Any,
         rank: int,
+        bases: tuple[jax.Array, ...] = (),
+        before: Turn | None = None,
+        after: Turn | None = None,
     ):
-        self.low, self.finite, self.bases = low, finite, bases
+        self.low, self.used, self.ready = low, used, ready
         self.plan, self.factor, self.dtype_out, self.rank = plan, factor, dtype_out, rank
+        self.bases, self.before, self.after = bases, before, after
 
 
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:

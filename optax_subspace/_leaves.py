@@ -19,7 +19,7 @@ import numpy as np
 
 from optax_subspace._projectors import Projector
 
-SIDES = ("shorter", "longer", "left", "right", "both")
+SIDES = ("shorter", "longer", "left", "right", "both", "auto")
 
 # Tables indexed by token ids get sparse gradients whose rows are not mixed by a matrix
 # product, and the output head is their mirror image: GaLore leaves both at full rank.
@@ -49,7 +49,7 @@ class MatrixSpec:
       reduction_axis: axis or axes of the input of the linear map.
       output_axis: axis or axes of its output.
       rank: rank of this leaf's subspace.
-      side: one of ``shorter``, ``longer``, ``left``, ``right``, ``both``.
+      side: one of ``shorter``, ``longer``, ``left``, ``right``, ``both``, ``auto``.
       scale: factor on this leaf's lifted update.
       projector: rule that finds and follows this leaf's basis.
 
@@ -140,50 +140,6 @@ class LeafPlan:
         return tuple((*self.batch_shape, length[s], self.rank) for s in self.sides)
 
 
-def plan(
-    params: Any,
-    rules: Rules | None = None,
-    *,
-    rank: int = 128,
-    side: str = "shorter",
-) -> list[LeafPlan]:
-    """Decides for every leaf whether and how it is projected.
-
-    Each leaf takes the spec of the first rule whose pattern is found in its path
-    (``re.search``); a spec of ``None`` leaves the leaf alone. A leaf that no rule matches is
-    projected if it has two dimensions and is not an embedding or an output head by its name.
-    Leaves with ``rank >= min(m, n)`` are left alone, since nothing would be saved.
-
-    Args:
-      params: tree of arrays or ``jax.ShapeDtypeStruct``.
-      rules: ``(regex, spec)`` pairs; a spec is a :class:`MatrixSpec`, one of optax's
-        dimension numbers, or None.
-      rank: rank where the rule names none.
-      side: side where the rule names none: ``shorter`` puts the basis on the shorter side
-        (GaLore's ``std``: right for ``m >= n``), ``longer`` on the longer one
-        (``optax.contrib.galore``: left for ``m >= n``), ``left`` gives ``P^T G``, ``right``
-        ``G Q``, ``both`` ``P^T G Q``.
-
-    Returns:
-      One :class:`LeafPlan` per leaf, in the order of ``jax.tree.leaves(params)``.
-
-    Raises:
-      TypeError: a leaf is complex or an integer, or a rule's spec has no axes.
-      ValueError: unknown side, rank below one, or axes that do not fit a leaf's shape.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> params = {"w": jnp.zeros((64, 32)), "b": jnp.zeros(32)}
-      >>> [(p.path, p.side, p.low_shape) for p in plan(params, rank=4)]
-      [('b', None, (32,)), ('w', 'right', (64, 4))]
-    """
-    check_rank(rank)
-    check_side(side)
-    compiled = compile_rules(rules)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [_plan_leaf(path_name(path), leaf, compiled, rank, side) for path, leaf in leaves]
-
-
 def check_rank(rank: Any) -> None:
     """Raises unless ``rank`` is a Python integer of at least 1."""
     if isinstance(rank, jax.Array | np.ndarray):
@@ -244,7 +200,8 @@ def compile_rules(rules: Rules | None) -> list[tuple[re.Pattern[str], DimensionN
     return compiled
 
 
-def _plan_leaf(path, leaf, rules, rank, side) -> LeafPlan:
+def plan_leaf(path, leaf, rules, rank, side) -> LeafPlan:
+    """The plan of one leaf; under ``auto`` its ``sides`` are ``("auto",)``, yet to be decided."""
     shape = tuple(jnp.shape(leaf))
     dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):

@@ -11,6 +11,7 @@ import optax
 
 from optax_subspace._bases import ProjectionState, Subspace
 from optax_subspace._handover import LowRankUpdate
+from optax_subspace._inner_state import keep_skipped, turn_moments
 from optax_subspace._leaves import LeafPlan, Rules
 from optax_subspace._projection import compute_dtype, from_matrices, lift, project, to_matrices
 from optax_subspace._projectors import Projector
@@ -52,8 +53,12 @@ def inner_update(
         weights = zip(handed, structure.flatten_up_to(params), strict=True)
         low_params = structure.unflatten([_low_weight(w, x) for x, w in weights])
     lows = structure.unflatten([x.low for x in handed])
+    plans = [x.plan for x in handed]
+    state = turn_moments(state, structure, plans, [x.before for x in handed])
     updates, new_state = inner.update(lows, state, low_params, **extra_args)
-    new_state = _keep_skipped(new_state, state, structure, [x.finite for x in handed])
+    ready = handed[0].ready if handed else None
+    new_state = keep_skipped(new_state, state, structure, [x.used for x in handed], ready)
+    new_state = turn_moments(new_state, structure, plans, [x.after for x in handed])
     full = zip(handed, structure.flatten_up_to(updates), strict=True)
     return [_full_update(u, x) for x, u in full], new_state
 
@@ -65,43 +70,16 @@ def _low_weight(weight: jax.Array, leaf: LowRankUpdate) -> jax.Array:
 
 
 def _full_update(update: jax.Array, leaf: LowRankUpdate) -> jax.Array:
-    update = jnp.where(leaf.finite, update, 0)
-    if leaf.plan.projected:
-        update = from_matrices(lift(update * leaf.factor, leaf.bases, leaf.plan), leaf.plan)
-    return update.astype(leaf.dtype_out)
+    def to_full(update):
+        if leaf.plan.projected:
+            update = from_matrices(lift(update * leaf.factor, leaf.bases, leaf.plan), leaf.plan)
+        return update.astype(leaf.dtype_out)
 
-
-def _keep_skipped(new, old, structure, finites):
-    """Takes the old state of the leaves whose gradient was not finite, and keeps every dtype.
-
-    The parts of the state that belong to a leaf are those under a subtree shaped like the
-    parameters; counters and the like advance as usual.
-    """
-
-    def like_params(node):
-        try:
-            structure.flatten_up_to(node)
-        except (ValueError, TypeError):
-            return False
-        return True
-
-    def keep(new_part, old_part):
-        if not like_params(new_part):
-            return new_part.astype(old_part.dtype)
-        parts = zip(
-            finites,
-            structure.flatten_up_to(new_part),
-            structure.flatten_up_to(old_part),
-            strict=True,
-        )
-        return structure.unflatten(
-            [
-                jax.tree.map(lambda n, o, ok=ok: jnp.where(ok, n, o).astype(o.dtype), a, b)
-                for ok, a, b in parts
-            ]
-        )
-
-    return jax.tree.map(keep, new, old, is_leaf=like_params)
+    update = jnp.where(leaf.used, update, 0)
+    if leaf.ready is None:
+        return to_full(update)
+    zeros = lambda _: jnp.zeros(leaf.plan.shape, leaf.dtype_out)
+    return jax.lax.cond(leaf.ready, to_full, zeros, update)
 
 
 def scale_by_subspace(
@@ -113,6 +91,9 @@ def scale_by_subspace(
     scale: optax.ScalarOrSchedule = 1.0,
     rules: Rules | None = None,
     projector_dtype: Any = None,
+    stagger: bool = False,
+    moments: str = "keep",
+    accumulate: int = 1,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs ``inner`` on each weight's gradient projected into a low-rank subspace.
@@ -135,10 +116,22 @@ def scale_by_subspace(
       inner: any optax transformation.
       rank: dimension ``r`` of the subspace; leaves with ``r >= min(m, n)`` are left alone.
       projector: rule that finds the basis, ``svd(every=200)`` by default.
-      side: ``shorter``, ``longer``, ``left``, ``right`` or ``both``; see :func:`plan`.
+      side: ``shorter``, ``longer``, ``left``, ``right``, ``both`` or ``auto``; see :func:`plan`.
       scale: factor :math:`\alpha` on the lifted update, a number or a schedule.
       rules: ``(regex, spec)`` pairs on the parameters' paths; see :func:`plan`.
       projector_dtype: dtype in which bases are stored; that of the arithmetic by default.
+      stagger: spread the refreshes of leaves, and of the slices of a stack, evenly over the
+        projector's period, so that no step is much longer than another. All first bases come with
+        the first gradient.
+      moments: what becomes of the moments when a basis changes: ``keep`` leaves their numbers as
+        they are (GaLore), ``project`` turns them into the new basis (:math:`P'^\top P M`, second
+        moments with the squared weights), ``reset`` sets them to zero. Arrays of the inner state
+        that do not have the subspace's shape are always kept.
+      accumulate: number of micro-batches whose gradients make one step. Their low-rank gradients
+        are averaged in a buffer of subspace shape; all updates but those of the last are zero.
+        Bases change on the first micro-batch of a step (and follow the last), the projector's
+        periods count whole steps. Members of a chain that come after see every micro-batch: put
+        decay and schedules into ``optax.transforms.conditionally_mask``, as the aliases do.
       seed: seed of rules that draw random numbers.
 
     Returns:
@@ -148,8 +141,9 @@ def scale_by_subspace(
     Raises:
       TypeError: ``rank`` is no int, ``projector`` no :class:`Projector`; at ``init``, a complex or
         integer leaf.
-      ValueError: unknown ``side``, ``rank`` below one; at ``init``, a rule that does not fit; at
-        ``update``, a state that was made with other settings.
+      ValueError: unknown ``side`` or ``moments``, ``rank`` or ``accumulate`` below one; at
+        ``init``, a rule that does not fit; at ``update``, a state that was made with other
+        settings.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -167,7 +161,19 @@ def scale_by_subspace(
       Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024.
     """
     inner = optax.with_extra_args_support(inner)
-    subspace = Subspace(rank, projector, side, scale, rules, projector_dtype, seed)
+    subspace = Subspace(
+        rank,
+        projector,
+        side,
+        scale,
+        rules,
+        projector_dtype,
+        stagger,
+        moments,
+        accumulate,
+        seed,
+        inner,
+    )
 
     def init_fn(params):
         projection, plans = subspace.init(params)

@@ -1,5 +1,6 @@
 """Rules that find and follow the basis of a gradient's subspace."""
 
+from optax_subspace._projectors._adaptive import adaptive_period
 from optax_subspace._projectors._base import Projector
 from optax_subspace._projectors._fixed import fixed
 from optax_subspace._projectors._history_pca import history_pca
@@ -11,6 +12,7 @@ from optax_subspace._projectors._svd import svd
 
 __all__ = [
     "Projector",
+    "adaptive_period",
     "fixed",
     "history_pca",
     "oja",

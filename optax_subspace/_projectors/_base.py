@@ -26,6 +26,7 @@ class Projector(NamedTuple):
         ``product = G G^T P / ||G||_F^2`` of shape ``(m, r)``. The basis that it returns serves from
         the next step on, so that each gradient is projected by a basis made from earlier ones, as
         the convergence theorem of Online Subspace Descent asks. None to keep the basis.
+      cosine, longest: see :func:`adaptive_period`, which sets them; None for a constant period.
 
     Example:
       Rules of one's own: the rows of the gradient with the largest norm, found anew every ten
@@ -53,3 +54,5 @@ class Projector(NamedTuple):
     update: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
     every: int | None = 1
     follow: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]] | None = None
+    cosine: float | None = None
+    longest: int = 1

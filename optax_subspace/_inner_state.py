@@ -1,0 +1,117 @@
+"""What the subspace does to the state of the transformation inside it.
+
+An inner state is any tree of arrays. Its parts that are shaped like the parameters (``mu`` and
+``nu`` of Adam) belong to leaves; all else, such as a step counter, belongs to the whole tree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_subspace._leaves import LeafPlan
+from optax_subspace._refresh import Turn
+
+# The fields in which optax and its contrib package keep squares of gradients.
+_SECOND_MOMENTS = frozenset({"nu", "nu_max", "v", "sum_of_squares"})
+
+
+def map_leaves(
+    by_leaf: Callable[..., Any],
+    of_tree: Callable[..., Any],
+    structure: Any,
+    state: Any,
+    *others: Any,
+) -> Any:
+    """Maps over an inner state, leaf by leaf where a part of it is shaped like ``structure``.
+
+    Args:
+      by_leaf: ``(index, path, part, *other_parts) -> part`` for what belongs to the leaf of that
+        index; a part is an array, or a tree of arrays if the inner state keeps several.
+      of_tree: ``(part, *other_parts) -> part`` for all else.
+      structure: the parameters' tree structure.
+      state: the inner state.
+      *others: trees of the same structure.
+    """
+
+    def like_params(node):
+        try:
+            structure.flatten_up_to(node)
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    def on_part(path, part, *other_parts):
+        if not like_params(part):
+            return of_tree(part, *other_parts)
+        columns = [structure.flatten_up_to(p) for p in (part, *other_parts)]
+        rows = zip(*columns, strict=True)
+        return structure.unflatten([by_leaf(i, path, *row) for i, row in enumerate(rows)])
+
+    return jax.tree_util.tree_map_with_path(on_part, state, *others, is_leaf=like_params)
+
+
+def bytes_by_leaf(state: Any, structure: Any) -> list[int]:
+    """Bytes of an inner state's arrays or shapes that belong to each leaf of ``structure``."""
+    totals = [0] * structure.num_leaves
+
+    def count(index, path, part):
+        totals[index] += tree_bytes(part)
+
+    map_leaves(count, lambda part: None, structure, state)
+    return totals
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays or shapes in a tree."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def keep_skipped(
+    new: Any, old: Any, structure: Any, used: Sequence[jax.Array], ready: jax.Array | None
+) -> Any:
+    """The new state, but the old one for leaves that were not ``used``, in the old dtypes.
+
+    With ``ready`` given, nothing at all changes where it is false.
+    """
+
+    def by_leaf(index, path, new_part, old_part):
+        choose = lambda n, o: jnp.where(used[index], n, o).astype(o.dtype)
+        return jax.tree.map(choose, new_part, old_part)
+
+    def of_tree(new_part, old_part):
+        if ready is not None:
+            new_part = jnp.where(ready, new_part, old_part)
+        return new_part.astype(old_part.dtype)
+
+    return map_leaves(by_leaf, of_tree, structure, new, old)
+
+
+def turn_moments(
+    state: Any, structure: Any, plans: Sequence[LeafPlan], turns: Sequence[Turn | None]
+) -> Any:
+    """Carries the moments over to the bases that have replaced theirs.
+
+    Only arrays of exactly the leaf's subspace shape are coordinates in it; others are kept.
+    """
+    if all(turn is None for turn in turns):
+        return state
+
+    def by_leaf(index, path, part):
+        turn, plan = turns[index], plans[index]
+        if turn is None:
+            return part
+
+        def on_array(inner_path, x):
+            if x.shape != plan.low_shape or not jnp.issubdtype(x.dtype, jnp.floating):
+                return x
+            names = {getattr(key, "name", None) for key in (*path, *inner_path)}
+            return turn.apply(x, plan, squared=bool(names & _SECOND_MOMENTS))
+
+        return jax.tree_util.tree_map_with_path(on_array, part)
+
+    return map_leaves(by_leaf, lambda part: part, structure, state)

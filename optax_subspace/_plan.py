@@ -1,0 +1,118 @@
+"""The plan of a whole tree: each leaf's rule, and the side where bytes decide it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_subspace._inner_state import bytes_by_leaf, tree_bytes
+from optax_subspace._leaves import (
+    LeafPlan,
+    Rules,
+    check_rank,
+    check_side,
+    compile_rules,
+    path_name,
+    plan_leaf,
+)
+from optax_subspace._projection import compute_dtype
+from optax_subspace._projectors import Projector
+
+
+def plan(
+    params: Any,
+    rules: Rules | None = None,
+    *,
+    rank: int = 128,
+    side: str = "shorter",
+    projector: Projector | None = None,
+    inner: optax.GradientTransformation | None = None,
+    projector_dtype: Any = None,
+) -> list[LeafPlan]:
+    """Decides for every leaf whether and how it is projected.
+
+    Each leaf takes the spec of the first rule whose pattern is found in its path
+    (``re.search``); a spec of ``None`` leaves the leaf alone. A leaf that no rule matches is
+    projected if it has two dimensions and is not an embedding or an output head by its name.
+    Leaves with ``rank >= min(m, n)`` are left alone, since nothing would be saved.
+
+    Args:
+      params: tree of arrays or ``jax.ShapeDtypeStruct``.
+      rules: ``(regex, spec)`` pairs; a spec is a :class:`MatrixSpec`, one of optax's
+        dimension numbers, or None.
+      rank: rank where the rule names none.
+      side: side where the rule names none: ``shorter`` puts the basis on the shorter side
+        (GaLore's ``std``: right for ``m >= n``), ``longer`` on the longer one
+        (``optax.contrib.galore``: left for ``m >= n``), ``left`` gives ``P^T G``, ``right``
+        ``G Q``, ``both`` ``P^T G Q``, and ``auto`` is that of ``left``, ``right`` and ``both``
+        whose state has the fewest bytes. That is often ``both``, which keeps less of the
+        gradient than one side alone: ``longer`` has the fewest bytes of one side.
+      projector, inner, projector_dtype: what ``auto`` counts the bytes of: the rule's own state,
+        that of the transformation in the subspace (``optax.scale_by_adam()`` by default), and the
+        bases in this dtype (that of the arithmetic by default).
+
+    Returns:
+      One :class:`LeafPlan` per leaf, in the order of ``jax.tree.leaves(params)``.
+
+    Raises:
+      TypeError: a leaf is complex or an integer, or a rule's spec has no axes.
+      ValueError: unknown side, rank below one, or axes that do not fit a leaf's shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.zeros((64, 32)), "b": jnp.zeros(32)}
+      >>> [(p.path, p.side, p.low_shape) for p in plan(params, rank=4)]
+      [('b', None, (32,)), ('w', 'right', (64, 4))]
+    """
+    check_rank(rank)
+    check_side(side)
+    compiled = compile_rules(rules)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    plans = [plan_leaf(path_name(path), leaf, compiled, rank, side) for path, leaf in leaves]
+    if any(p.sides == ("auto",) for p in plans):
+        inner = optax.scale_by_adam() if inner is None else inner
+        plans = _with_fewest_bytes(plans, structure, projector, inner, projector_dtype)
+    return plans
+
+
+def _with_fewest_bytes(
+    plans: list[LeafPlan],
+    structure: Any,
+    projector: Projector | None,
+    inner: optax.GradientTransformation,
+    projector_dtype: Any,
+) -> list[LeafPlan]:
+    """Decides the leaves whose sides are ``("auto",)``; the first of equals is kept."""
+    candidates = []
+    for sides in (("right",), ("left",), ("left", "right")):
+        decide = lambda p, s=sides: dataclasses.replace(p, sides=s) if p.sides == ("auto",) else p
+        decided = [decide(p) for p in plans]
+        low = [jax.ShapeDtypeStruct(p.low_shape, compute_dtype(p.dtype)) for p in decided]
+        state = jax.eval_shape(inner.init, structure.unflatten(low))
+        inner_bytes = bytes_by_leaf(state, structure)
+        candidates.append(
+            [
+                (count + _projection_bytes(p, p.projector or projector, projector_dtype), p)
+                for count, p in zip(inner_bytes, decided, strict=True)
+            ]
+        )
+    return [min(c, key=lambda pair: pair[0])[1] for c in zip(*candidates, strict=True)]
+
+
+def _projection_bytes(plan: LeafPlan, projector: Projector | None, dtype: Any) -> int:
+    """Bytes of a leaf's bases and of its projector's own state."""
+    itemsize = jnp.dtype(dtype or compute_dtype(plan.dtype)).itemsize
+    total = 0
+    for side, shape in zip(plan.sides, plan.basis_shapes, strict=True):
+        total += math.prod(shape) * itemsize
+        if projector is not None:
+            m, n = plan.matrix_shape if side == "left" else plan.matrix_shape[::-1]
+            one = lambda key, m=m, n=n: projector.init(key, m, n, plan.rank)
+            state = jax.eval_shape(one, jax.eval_shape(lambda: jax.random.key(0)))
+            total += math.prod(plan.batch_shape) * tree_bytes(state)
+    return total
