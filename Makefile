@@ -49,4 +49,4 @@ $(VENV)/%-$(DEVICE).done: $(bin)/python pyproject.toml $(wildcard constraints/*.
 	$(bin)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint "constraints/$$($(bin)/python -c 'import sys; print("python-3.11" if sys.version_info < (3, 12) else "python-3.12")').txt" \
 	  --editable ".[train$(if $(filter test,$*),$(comma)test)$(if $(extras),$(comma)$(extras))]"
-	@touch $@
+	@touch $@ $(VENV)/train-$(DEVICE).done

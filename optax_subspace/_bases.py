@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_subspace import _leaves
 from optax_subspace._describe import record, warn_about_rules
 from optax_subspace._handover import LowRankUpdate
-from optax_subspace._leaves import LeafPlan, Rules
+from optax_subspace._leaves import LeafPlan, Rules, check_side
 from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projection import compute_dtype, project, to_matrices
 from optax_subspace._projectors import Projector, svd
+from optax_subspace._projectors._base import check_count
 from optax_subspace._refresh import Turn, follow, refresh
 
 MOMENTS = ("keep", "project", "reset")
@@ -83,8 +83,8 @@ class Subspace:
         seed: int,
         inner: optax.GradientTransformation | None = None,
     ):
-        _leaves.check_rank(rank)
-        _leaves.check_side(side)
+        check_count("rank", rank)
+        check_side(side)
         projector = svd() if projector is None else projector
         if not isinstance(projector, Projector):
             raise TypeError(
@@ -92,8 +92,7 @@ class Subspace:
             )
         if moments not in MOMENTS:
             raise ValueError(f"moments must be one of {', '.join(MOMENTS)}, got {moments!r}")
-        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(f"accumulate must be a positive number of gradients: {accumulate!r}")
+        check_count("accumulate", accumulate)
         self.rank, self.side, self.scale, self.rules = rank, side, scale, rules
         self.projector, self.inner = projector, inner
         self.stagger, self.moments, self.accumulate, self.seed = stagger, moments, accumulate, seed
@@ -119,8 +118,9 @@ class Subspace:
         if not plans:
             # optax.tree_map_params initialises on a tree without leaves and wants each field to
             # be a prefix of the real state's.
-            nothing: Any = zero
-            return ProjectionState(zero, nothing, nothing, nothing), plans
+            # (An array each: one buffer can't be donated twice.)
+            nothing: Any = [jnp.zeros([], jnp.int32) for _ in range(3)]
+            return ProjectionState(zero, *nothing), plans
         _check_unique(plans)
         leaves = {p.path: self._init_leaf(i, p) for i, p in enumerate(plans) if p.projected}
         skipped = {p.path: jnp.zeros([], jnp.int32) for p in plans}
@@ -171,6 +171,7 @@ class Subspace:
             first = state.steps % self.accumulate == 0
             last = state.steps % self.accumulate == self.accumulate - 1
         leaves, skipped, accumulated, handed = {}, {}, {}, []
+        low_before = None
         for plan, leaf in zip(plans, jax.tree.leaves(updates), strict=True):
             low = leaf.astype(compute_dtype(leaf.dtype))
             old = state.leaves.get(plan.path)
@@ -179,7 +180,9 @@ class Subspace:
                 basis, before = self._refresh_leaf(
                     matrices, plan, old, offsets.get(plan.path), first
                 )
-                projected = low = project(matrices, basis.bases, plan)
+                bases = tuple(_after(b, low_before) for b in basis.bases)
+                projected = low = project(matrices, bases, plan)
+                low_before = low
             if last is not None:
                 # A gradient that is not finite makes the sum so, which skips all of it.
                 total = state.accumulated[plan.path] + low
@@ -223,10 +226,12 @@ class Subspace:
         due = old.age >= old.due
         if first is not None:
             due &= first
-        # The whole leaf is skipped if any of it is not finite. On other steps the low-rank gradient
-        # tells, and the full one need not be read again.
+        # The whole leaf is skipped if any of it is not finite; slices of zeros keep their bases.
+        # On other steps the low-rank gradient tells, and the full one need not be read again.
         due &= jax.lax.cond(
-            jnp.any(due), lambda: jnp.all(jnp.isfinite(matrices)), lambda: jnp.array(False)
+            jnp.any(due),
+            lambda: jnp.all(jnp.isfinite(matrices)) & jnp.any(matrices != 0, axis=(-2, -1)),
+            lambda: jnp.zeros_like(due),
         )
         turns = rule.every is not None and self.moments != "keep"
         rotate = turns and self.moments == "project"
@@ -293,6 +298,19 @@ class Subspace:
         if plan.scale is not None:
             return plan.scale
         return self.scale(step) if callable(self.scale) else self.scale
+
+
+def _after(basis: jax.Array, earlier: jax.Array | None) -> jax.Array:
+    """``basis``, in such a way that it can be used only when ``earlier`` is known.
+
+    XLA:CPU would take all leaves through one operation before the next one, and so hold the
+    updates of all of them in memory at once. It keeps to dependences of data alone (barriers are
+    gone by the time it orders operations), so here is one, on which no finite number depends.
+    """
+    if earlier is None or not earlier.size:
+        return basis
+    first, largest = earlier.ravel()[0], jnp.finfo(basis.dtype).max
+    return jnp.where(first != first, jnp.clip(basis, -largest, largest), basis)
 
 
 def _offsets(plans: Sequence[LeafPlan]) -> dict[str, np.ndarray]:

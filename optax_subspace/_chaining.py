@@ -9,6 +9,7 @@ void once the state that was made with it is gone.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -132,7 +133,8 @@ def in_subspace(inner: optax.GradientTransformation) -> optax.GradientTransforma
                 + ("without" if handed else "with")
                 + " a projection and is now updated "
                 + ("with" if handed else "without")
-                + " one: initialise the whole chain at once, on the parameters it will update"
+                + " one: initialise the whole chain at once (again), on the parameters it will "
+                "update"
             )
         if not handed:
             if isinstance(state, InSubspaceState):
@@ -177,6 +179,11 @@ def scale_by_lion(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtr
       (4, 4)
     """
     return in_subspace(optax.scale_by_lion(*args, **kwargs))
+
+
+# optax.inject_hyperparams and the help of editors ask for the arguments by name.
+scale_by_adam.__signature__ = inspect.signature(optax.scale_by_adam)  # type: ignore[attr-defined]
+scale_by_lion.__signature__ = inspect.signature(optax.scale_by_lion)  # type: ignore[attr-defined]
 
 
 class _Offer(NamedTuple):

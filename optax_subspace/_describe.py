@@ -72,7 +72,7 @@ def describe(params: optax.Params, tx: optax.GradientTransformation) -> Descript
       parameter  shape    side   rank  in the subspace  why
       embed      100 x 8  -      -     -                embedding or output head by its name
       w          16 x 8   right  2     16 x 2           matrix
-      128 of 928 parameters projected (13.8 %); optimizer state 6,740 bytes, full-rank Adam's 7,428
+      128 of 928 parameters projected (13.8 %); optimizer state 6,756 bytes, full-rank Adam's 7,428
     """
     with recording() as plans:
         state = jax.eval_shape(tx.init, params)

@@ -7,7 +7,7 @@ An inner state is any tree of arrays. Its parts that are shaped like the paramet
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,12 +38,17 @@ def map_leaves(
       *others: trees of the same structure.
     """
 
-    def like_params(node):
+    def fits(node):
         try:
             structure.flatten_up_to(node)
         except (ValueError, TypeError):
             return False
         return True
+
+    def like_params(node):
+        # The innermost node that fits: the state of a chain of two is a tuple of two, as
+        # parameters may be.
+        return fits(node) and not any(_within(node, fits))
 
     def on_part(path, part, *other_parts):
         if not like_params(part):
@@ -53,6 +58,14 @@ def map_leaves(
         return structure.unflatten([by_leaf(i, path, *row) for i, row in enumerate(rows)])
 
     return jax.tree_util.tree_map_with_path(on_part, state, *others, is_leaf=like_params)
+
+
+def _within(node: Any, test: Callable[[Any], bool]) -> Iterator[bool]:
+    """What ``test`` says of every node below ``node``."""
+    children = jax.tree_util.default_registry.flatten_one_level(node)
+    for child in children[0] if children else ():
+        yield test(child)
+        yield from _within(child, test)
 
 
 def bytes_by_leaf(state: Any, structure: Any) -> list[int]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_subspace._projectors import Projector
+from optax_subspace._projectors._base import check_count
 
 SIDES = ("shorter", "longer", "left", "right", "both", "auto")
 
@@ -67,7 +68,7 @@ class MatrixSpec:
 
     def __post_init__(self):
         if self.rank is not None:
-            check_rank(self.rank)
+            check_count("rank", self.rank)
         if self.side is not None:
             check_side(self.side)
 
@@ -138,19 +139,6 @@ class LeafPlan:
         """Shape of the basis on each side: ``(*batch, m, r)`` left, ``(*batch, n, r)`` right."""
         length = dict(zip(("left", "right"), self.matrix_shape, strict=True))
         return tuple((*self.batch_shape, length[s], self.rank) for s in self.sides)
-
-
-def check_rank(rank: Any) -> None:
-    """Raises unless ``rank`` is a Python integer of at least 1."""
-    if isinstance(rank, jax.Array | np.ndarray):
-        raise TypeError(
-            "rank must be a Python int, not an array: it decides shapes. Under "
-            "optax.inject_hyperparams pass static_args=('rank', ...)."
-        )
-    if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
-        raise TypeError(f"rank must be an int, got {rank!r}")
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
 
 
 def check_side(side: Any) -> None:

@@ -14,7 +14,6 @@ from optax_subspace._inner_state import bytes_by_leaf, tree_bytes
 from optax_subspace._leaves import (
     LeafPlan,
     Rules,
-    check_rank,
     check_side,
     compile_rules,
     path_name,
@@ -22,6 +21,7 @@ from optax_subspace._leaves import (
 )
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projectors import Projector
+from optax_subspace._projectors._base import check_count
 
 
 def plan(
@@ -69,7 +69,7 @@ def plan(
       >>> [(p.path, p.side, p.low_shape) for p in plan(params, rank=4)]
       [('b', None, (32,)), ('w', 'right', (64, 4))]
     """
-    check_rank(rank)
+    check_count("rank", rank)
     check_side(side)
     compiled = compile_rules(rules)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)

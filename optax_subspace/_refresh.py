@@ -85,7 +85,7 @@ def refresh(
     state: Any,
     rotate: bool,
 ) -> Refreshed:
-    """Applies ``rule.update`` to those slices of ``(*batch, m, n)`` that are due and not zero."""
+    """Applies ``rule.update`` to those slices of ``(*batch, m, n)`` that are due."""
     batch = due.shape
     flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
     matrices, due = flat(matrices), due.reshape(-1)
@@ -96,13 +96,14 @@ def refresh(
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
         gradient, old = take(matrices), jax.tree.map(take, (carry.basis, carry.rule))
         gradient = gradient if side == "left" else gradient.T
-        done = jnp.any(gradient != 0)
-        new = jax.lax.cond(done, lambda: checked(rule.update, gradient, *old), lambda: old)
+        # The branch keeps XLA from computing, ahead of the loop and so on every step, whatever the
+        # rule needs of a gradient that is the only slice of its leaf.
+        new = jax.lax.cond(take(due), lambda: checked(rule.update, gradient, *old), lambda: old)
         rotation, overlap = compare(new[0], old[0])
         return Refreshed(
             basis=put(carry.basis, new[0]),
             rule=jax.tree.map(put, carry.rule, new[1]),
-            done=put(carry.done, done),
+            done=carry.done,
             overlap=put(carry.overlap, overlap),
             rotation=None if carry.rotation is None else put(carry.rotation, rotation),
         )
@@ -110,7 +111,7 @@ def refresh(
     none = Refreshed(
         basis=flat(basis),
         rule=jax.tree.map(flat, state),
-        done=jnp.zeros(due.shape, bool),
+        done=due,
         overlap=jnp.zeros(due.shape, jnp.float32),
         rotation=jnp.zeros((*due.shape, rank, rank), matrices.dtype) if rotate else None,
     )

@@ -52,15 +52,17 @@ def inner_update(
     if params is not None:
         weights = zip(handed, structure.flatten_up_to(params), strict=True)
         low_params = structure.unflatten([_low_weight(w, x) for x, w in weights])
-    lows = structure.unflatten([x.low for x in handed])
+    gradients = structure.unflatten([x.low for x in handed])
     plans = [x.plan for x in handed]
+    used = [x.used for x in handed]
     state = turn_moments(state, structure, plans, [x.before for x in handed])
-    updates, new_state = inner.update(lows, state, low_params, **extra_args)
+
+    updates, new_state = inner.update(gradients, state, low_params, **extra_args)
     ready = handed[0].ready if handed else None
-    new_state = keep_skipped(new_state, state, structure, [x.used for x in handed], ready)
+    new_state = keep_skipped(new_state, state, structure, used, ready)
     new_state = turn_moments(new_state, structure, plans, [x.after for x in handed])
     full = zip(handed, structure.flatten_up_to(updates), strict=True)
-    return [_full_update(u, x) for x, u in full], new_state
+    return [_full_update(jnp.where(x.used, u, 0), x) for x, u in full], new_state
 
 
 def _low_weight(weight: jax.Array, leaf: LowRankUpdate) -> jax.Array:
@@ -75,7 +77,6 @@ def _full_update(update: jax.Array, leaf: LowRankUpdate) -> jax.Array:
             update = from_matrices(lift(update * leaf.factor, leaf.bases, leaf.plan), leaf.plan)
         return update.astype(leaf.dtype_out)
 
-    update = jnp.where(leaf.used, update, 0)
     if leaf.ready is None:
         return to_full(update)
     zeros = lambda _: jnp.zeros(leaf.plan.shape, leaf.dtype_out)

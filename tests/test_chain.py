@@ -201,6 +201,27 @@ def test_inject_hyperparams_changes_the_rate_without_compiling_again():
     assert len(compilations) <= 1  # of the first call's outputs as committed arguments
 
 
+@pytest.mark.parametrize("member", [osub.scale_by_adam, osub.scale_by_lion])
+def test_inject_hyperparams_takes_our_members_like_optax_own(member):
+    params = trees.params()
+    tx = optax.chain(osub.subspace_project(4), optax.inject_hyperparams(member)(b1=0.5))
+    plain = optax.chain(osub.subspace_project(4), member(b1=0.5))
+    grads = trees.grads(params)
+    got, state = tx.update(grads, tx.init(params))
+    expected, _ = plain.update(grads, plain.init(params))
+    # Bias correction of a traced decay rate rounds in float32.
+    chex.assert_trees_all_close(got, expected, rtol=1e-4)
+    assert state[1].hyperparams["b1"] == 0.5
+
+
+def test_donation_with_nothing_to_project():
+    params = trees.params()
+    labels = jax.tree.map(lambda _: "full", params)
+    tx = optax.multi_transform({"low": osub.galore(0.1, rank=4), "full": optax.adam(0.1)}, labels)
+    step = jax.jit(lambda p, s: tx.update(p, s, p), donate_argnums=(0, 1))
+    chex.assert_tree_all_finite(step(params, tx.init(params)))
+
+
 def test_inject_hyperparams_needs_a_static_rank():
     with pytest.raises(TypeError, match="static_args"):
         optax.inject_hyperparams(osub.galore)(learning_rate=1e-2).init({"w": jnp.ones((8, 8))})

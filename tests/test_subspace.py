@@ -181,6 +181,21 @@ def test_any_inner_transformation_keeps_its_state(inner):
     chex.assert_tree_all_finite(twice)
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_parameters_may_be_a_tuple_of_the_length_of_the_inner_chain(bad):
+    """A chain's state is a tuple too: what belongs to a leaf is found all the same."""
+    params = (trees.params()["tall"], trees.params()["wide"])
+    tx = pure(rules=None, inner=optax.chain(optax.trace(0.9), optax.scale(1.0)))
+    grads = trees.grads(params)
+    _, once = tx.update(grads, tx.init(params))
+    grads = tuple(g * jnp.nan if i == bad else g for i, g in enumerate(grads))
+    updates, twice = tx.update(grads, once)
+    before, after = once.inner[0].trace, twice.inner[0].trace
+    np.testing.assert_array_equal(before[bad], after[bad])
+    assert np.any(before[1 - bad] != after[1 - bad])
+    assert not np.any(updates[bad]) and np.any(updates[1 - bad])
+
+
 def test_scale_may_be_a_schedule_or_a_rule():
     params = {"w": trees.params()["tall"], "v": trees.params()["wide"]}
     grads = trees.grads(params)
@@ -303,7 +318,7 @@ def test_errors_of_the_factory_and_of_foreign_states():
         osub.scale_by_subspace(adam, projector="svd")
     with pytest.raises(ValueError, match="every or projector"):
         osub.galore(0.1, every=3, projector=osub.svd())
-    with pytest.raises(ValueError, match="every must be a positive"):
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         osub.svd(every=0)
     with pytest.raises(ValueError, match="method must be one of"):
         osub.svd(method="exact")

@@ -130,6 +130,13 @@ def test_a_half_written_one_is_left_out(saved, tmp_path, said, by_orbax):
     assert_restores(saved, 30)
 
 
+@pytest.mark.parametrize("text", ["[]", "3", '[["a"]]', "null"])
+def test_a_list_of_checksums_of_another_form_is_damage(saved, tmp_path, said, text):
+    (tmp_path / "checkpoints" / "30" / cache.MANIFEST).write_text(text)
+    assert_restores(saved, 20)
+    assert cache.MANIFEST in said[0]
+
+
 def test_only_damaged_ones_are_an_error(saved, tmp_path, said):
     for number in (20, 30):
         files_of(tmp_path, number)[-1].write_bytes(b"?")
@@ -246,6 +253,8 @@ def test_rows_survive_a_torn_end_and_go_back_to_a_step(tmp_path):
     assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
     with pytest.raises(ValueError, match="JSON"):
         records.Records(path, 4).write({"kind": "train", "step": 5, "loss": float("nan")})
+    path.write_bytes(whole + b'{"kind": "train"}\n' + b'{"step": 9}\n')
+    assert len(records.read(path)) == 6
     records.Records(path, 0).close()
     assert path.read_bytes() == b""
 

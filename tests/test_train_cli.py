@@ -1,6 +1,8 @@
 """The trainer's command line: precedence, and one line for each mistake."""
 
 import dataclasses
+import os
+import pty
 import subprocess
 import sys
 
@@ -80,6 +82,10 @@ def test_learning_rate_is_the_optimizers_own_unless_given():
         (["--data.vocab_size", "100"], ["--data.vocab_size 100", "260"]),
         (["--data.validation_fraction", "1"], ["--data.validation_fraction", "0.1"]),
         (["--train.batch_size", "0"], ["--train.batch_size 0"]),
+        (["--train.seed", "9" * 23], ["--train.seed 99999", "at most 2147483647"]),
+        (["--optimizer.learning_rate", "1e39"], ["--optimizer.learning_rate 1e+39", "at most"]),
+        (["--optimizer.eps", "1e-45"], ["--optimizer.eps 1e-45", "at least 1.17549e-38"]),
+        (["--data.path", ""], ["--data.path ''", "no such file"]),
         (["--data.path", "no/such/text"], ["--data.path no/such/text", "no such file"]),
     ],
 )
@@ -102,6 +108,21 @@ def test_the_real_program_exits_so_too():
     for name in (*PRESETS, *EXPERIMENTS, *flatten(Config())):
         assert name in out
     assert summary("quickstart") in out and err == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_mistake_is_one_line_on_a_terminal_too(encoding):
+    """tyro draws boxes, with colours on a terminal and of other characters without UTF-8."""
+    controller, terminal = pty.openpty()
+    program = [sys.executable, "-m", "train", "--train.steps", "abc"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    with subprocess.Popen(program, stderr=terminal, cwd=ROOT, env=environment) as process:
+        os.close(terminal)
+        assert process.wait(timeout=120) == 2
+    err = os.read(controller, 65536).decode()
+    os.close(controller)
+    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 300
+    assert "abc" in err and "\x1b" not in err and "---" not in err and "─" not in err
 
 
 def test_every_check_names_a_real_key():
@@ -128,12 +149,12 @@ def test_run_folders(tmp_path, monkeypatch):
         return rundir.choose(parse(list(words)))
 
     base = "runs/quickstart-tiny-galore"
-    assert choose() == (tmp_path.__class__(base), False)
-    assert choose("--resume") == (tmp_path.__class__(base), False)
+    assert choose() == (tmp_path.__class__(base), False, base.partition("/")[2])
+    assert choose("--resume") == (tmp_path.__class__(base), False, "")
     (tmp_path / base).mkdir(parents=True)
     (tmp_path / base / "metrics.jsonl").touch()
     assert str(choose().path) == f"{base}-2"
-    assert choose("--resume") == (tmp_path.__class__(base), True)
+    assert choose("--resume") == (tmp_path.__class__(base), True, "")
     (tmp_path / f"{base}-10").mkdir()
     assert str(choose().path) == f"{base}-11"
     assert str(choose("--resume").path) == f"{base}-10"
@@ -142,6 +163,19 @@ def test_run_folders(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="holds a run already; add --resume"):
         choose("--run_dir", base)
     assert choose("--run_dir", base, "--resume").resumes
+    # Two runs that chose before either began.
+    command = parse([])
+    first, second = rundir.choose(command), rundir.choose(command)
+    assert first == second
+    (first, one), (second, two) = first.open(command), second.open(command)
+    with one, two:
+        assert [str(first.path), str(second.path)] == [f"{base}-11", f"{base}-12"]
+    command = parse(["--run_dir", "named"])
+    late = rundir.choose(command)
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "metrics.jsonl").touch()
+    with pytest.raises(UsageError, match="another run has just begun in it"):
+        late.open(command)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         choose("--run_dir", "file")
@@ -150,7 +184,7 @@ def test_run_folders(tmp_path, monkeypatch):
 def test_a_folder_in_use_is_refused(tmp_path):
     command = parse(["--run_dir", str(tmp_path / "run")])
     place = rundir.choose(command)
-    with place.open(command):
+    with place.open(command)[1]:
         code = (
             "import sys; from train import rundir; from train.cli import parse\n"
             "command = parse(['--run_dir', sys.argv[1], '--resume'])\n"

@@ -81,7 +81,11 @@ def test_unusable_text_is_one_line(tmp_path):
     (tmp_path / "latin.txt").write_bytes("première\n\nseconde".encode("latin-1"))
     assert "is not UTF-8 (byte 5)" in load(tmp_path / "latin.txt")
     (tmp_path / "small.txt").write_text("to be or not\n\nto be that is")
-    assert "give at most" in load(tmp_path / "small.txt")
+    assert "give at most 2" in load(tmp_path / "small.txt")
+    (tmp_path / "tiny.txt").write_text("a\n\nb")
+    assert load(tmp_path / "tiny.txt").endswith("the text gives fewer; give more text")
+    (tmp_path / "same.txt").write_text("\n\n".join(["to be or not to be"] * 20))
+    assert "are all the same" in load(tmp_path / "same.txt")
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,8 +1,11 @@
 """Whole runs of the trainer, most in processes of their own: kill, signals, resume, figures."""
 
 import json
+import re
 import shlex
 import signal
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -10,9 +13,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.train_helpers import TINY, finish, kill_at, signal_at, start, steps_in, write_text
+from tests.train_helpers import (
+    ROOT,
+    TINY,
+    finish,
+    kill_at,
+    signal_at,
+    start,
+    steps_in,
+    write_text,
+)
 from train import loop
 from train.cli import main
+from train.errors import Interrupted
 
 LAST = 40
 
@@ -113,9 +126,10 @@ def test_sigterm_saves_and_the_printed_command_resumes(words, reference, tmp_pat
     process = start([*words, "--run_dir", str(folder)])
     signal_at(process, folder / "metrics.jsonl", 3, signal.SIGTERM)
     _, err = finish(process, 128 + signal.SIGTERM)
-    assert err.count("\n") == 1 and "go on with: python -m train" in err
-    command = shlex.split(err.split("go on with: python -m train ")[1])
-    out, _ = finish(start(command))
+    assert err.count("\n") == 1
+    command = shlex.split(err.split("go on with: ")[1])
+    assert command[1:3] == ["-m", "train"] and (ROOT / command[0]).samefile(sys.executable)
+    out, _ = finish(start(command[3:]))
     assert "after step" in out
     assert_same_run(folder, reference[0])
 
@@ -129,11 +143,50 @@ def test_ctrl_c_twice_and_resuming_a_finished_run(words, reference, tmp_path, ca
     assert "no step was left to train" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == metrics
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    with loop.Signals() as signals:
+    with loop.Signals(lambda: "the story") as signals:
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="the story"):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_twice_saves_all_the_same(words, tmp_path):
+    folder = tmp_path / "run"
+    process = start([*words, "--run_dir", str(folder)])
+    signal_at(process, folder / "metrics.jsonl", 3, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, 128 + signal.SIGINT)
+    assert err.count("\n") == 1 and "is saved; go on with: " in err
+    assert len(list((folder / "checkpoints").iterdir())) >= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_training_is_one_line(words, tmp_path, number):
+    process = start([*words, "--run_dir", str(tmp_path / "run")])
+    time.sleep(1.5)  # somewhere in the imports, the tokenizer or the compilation
+    process.send_signal(number)
+    _, err = finish(process, 128 + number)
+    assert err.startswith("stopped: interrupted") and err.count("\n") == 1
+
+
+def test_parameters_that_are_no_numbers_are_never_saved(words, tmp_path, capsys):
+    """The loss of the step that spoils them is still finite."""
+    folder = tmp_path / "run"
+    command = [*words, "--run_dir", str(folder), "--checkpoint.every", "1"]
+    assert main([*command, "--optimizer.learning_rate", "1e38", "--optimizer.scale", "1e6"]) == 1
+    err = capsys.readouterr().err
+    assert "is not finite at step 1; no checkpoint had been saved yet" in err
+    assert err.count("\n") == 1 and not (folder / "checkpoints").exists()
+
+
+def test_a_run_that_diverges_to_a_finite_loss_still_reports(words, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run = [*words, "--run_dir", str(folder), "--train.steps", "3"]
+    assert main([*run, "--optimizer.learning_rate", "3000"]) == 0
+    assert re.search(r"perplexity +inf", capsys.readouterr().out)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["validation_loss"] > 700 and rows[-1]["validation_perplexity"] is None
 
 
 def test_adamw_takes_the_same_way(words, tmp_path, capsys, monkeypatch):

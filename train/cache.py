@@ -68,6 +68,8 @@ def damage(folder: Path, manifest: Path) -> str | None:
     """What is wrong with `folder` according to its checksums, in words; None if nothing is."""
     try:
         entries = json.loads(manifest.read_text())
+        if not isinstance(entries, dict):
+            raise ValueError(entries)
     except (OSError, ValueError):
         return f"its list of checksums {manifest.name} is missing or unreadable"
     present = {path.relative_to(folder).as_posix() for path in _files(folder)}

@@ -133,7 +133,7 @@ class Checkpoints:
         if bad:
             raise UsageError(
                 f"no good checkpoint in {self._shown} (damaged: steps "
-                f"{', '.join(map(str, reversed(bad)))}); run without --resume to begin again"
+                f"{', '.join(map(str, reversed(bad)))}); begin again in another --run_dir"
             )
         return None
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -50,12 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted before training began; nothing had to be saved", 130)
-    except OSError as error:
+    except Exception as error:
+        what = getattr(error, "filename", None) or "a file of the run or the cache"
         if reason := no_space(error):
-            what = error.filename or "a file of the run or the cache"
             return _fail(
                 f"couldn't write {what}: {reason}; free some space and run again with --resume", 2
             )
+        if isinstance(error, OSError) and error.filename:
+            return _fail(f"{what}: {error.strerror}; give another place, or mend this one", 2)
         raise
 
 
@@ -172,11 +175,14 @@ def _read(words: list[str], default: Config, wants_help: bool) -> Config:
 
 def _unbox(box: str) -> str:
     """The message of one of tyro's boxes: its first section, without the frame."""
-    lines = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│ ╭╮╰╯")
-        if set(text) <= {"─"}:
-            break
+    lines: list[str] = []
+    # On a terminal the box has colours, and without UTF-8 a frame of other characters.
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:
+        text = line.strip("│|+ ╭╮╰╯")
+        if set(text) <= {"─", "-"}:
+            if lines:
+                break
+            continue
         lines.append(text)
     message = one_line(" ".join(lines)) or one_line(box)
     return f"{message.rstrip('.')}; {PROGRAM} --help shows what it takes"

@@ -4,7 +4,6 @@ The field descriptions below are what `python -m train --help` shows.
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 from models.config import LlamaConfig
@@ -133,17 +132,20 @@ def resolve(config: Config) -> Config:
 
 def validate(config: Config) -> None:
     """Raises UsageError for the first value that can't work; nothing is allocated before."""
-    for key, least in _WHOLE_NUMBERS.items():
+    for key, fewest in _WHOLE_NUMBERS.items():
         value = get(config, key)
-        if value < least:
-            raise UsageError(f"--{key} {value}: give a whole number of at least {least}")
+        if not fewest <= value <= _INT32_MAX:
+            limit = "" if value < fewest else f" and at most {_INT32_MAX}"
+            raise UsageError(f"--{key} {value}: give a whole number of at least {fewest}{limit}")
     for key, (low, high, closed) in _RANGES.items():
-        value = get(config, key)
-        inside = (low <= value if closed else low < value) and value <= high
-        if value is None or not math.isfinite(value) or not inside:
+        number = get(config, key)
+        least = low if closed else max(low, _FLOAT32_TINY)
+        if number is None or not least <= number <= high:
             words = f"at least {low:g}" if closed else f"above {low:g}"
-            limit = "" if high == math.inf else f" and at most {high:g}"
-            raise UsageError(f"--{key} {value}: give a number {words}{limit}")
+            if number is not None and low < number < least:
+                words = f"of at least {least:g}"
+            limit = f" and at most {high:g}" if high < _FLOAT32_MAX or (number or 0) > high else ""
+            raise UsageError(f"--{key} {number}: give a number {words}{limit}")
     for key in ("optimizer.b1", "optimizer.b2"):
         if get(config, key) >= 1:
             raise UsageError(f"--{key} {get(config, key)}: give a number below 1, e.g. 0.9")
@@ -160,11 +162,16 @@ def validate(config: Config) -> None:
         )
 
 
+# Every byte is a piece, so that no text is lost; the rest is for what the corpus repeats.
+LEAST_PIECES = 260
+_INT32_MAX = 2**31 - 1
+# Beyond these the arithmetic, which is float32, has infinity or zero.
+_FLOAT32_MAX, _FLOAT32_TINY = 3.4028234e38, 1.1754944e-38
+
 _WHOLE_NUMBERS = {
     "optimizer.rank": 1,
     "optimizer.every": 1,
-    # Every byte is a piece, so that no text is lost; the rest is for what the corpus repeats.
-    "data.vocab_size": 260,
+    "data.vocab_size": LEAST_PIECES,
     "data.split_seed": 0,
     "train.steps": 1,
     "train.batch_size": 1,
@@ -180,13 +187,13 @@ _WHOLE_NUMBERS = {
 
 # key: lowest, highest, whether the lowest itself is allowed.
 _RANGES = {
-    "optimizer.learning_rate": (0.0, math.inf, False),
-    "optimizer.scale": (0.0, math.inf, False),
+    "optimizer.learning_rate": (0.0, _FLOAT32_MAX, False),
+    "optimizer.scale": (0.0, _FLOAT32_MAX, False),
     "optimizer.b1": (0.0, 1.0, True),
     "optimizer.b2": (0.0, 1.0, True),
-    "optimizer.eps": (0.0, math.inf, False),
-    "optimizer.weight_decay": (0.0, math.inf, True),
-    "optimizer.clip_norm": (0.0, math.inf, False),
+    "optimizer.eps": (0.0, _FLOAT32_MAX, False),
+    "optimizer.weight_decay": (0.0, _FLOAT32_MAX, True),
+    "optimizer.clip_norm": (0.0, _FLOAT32_MAX, False),
     "optimizer.warmup_fraction": (0.0, 1.0, True),
     "optimizer.final_fraction": (0.0, 1.0, True),
     "data.validation_fraction": (0.0, 1.0, False),

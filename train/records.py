@@ -53,10 +53,18 @@ def read(path: Path) -> list[Row]:
                 row = json.loads(line)
             except ValueError:
                 break
-            if not line.endswith(b"\n") or not isinstance(row, dict):
+            if not line.endswith(b"\n") or not _is_row(row):
                 break
             rows.append(row)
     return rows
+
+
+def _is_row(row: object) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("step"), int)
+        and isinstance(row.get("kind"), str)
+    )
 
 
 def _truncate(path: Path, step: int) -> None:

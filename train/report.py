@@ -51,14 +51,14 @@ def print_memory(screen: Screen, predicted: Predicted, measured: Measured | None
 def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path]) -> None:
     """The last table."""
     loss, unigram = final["validation_loss"], final["unigram_loss"]
-    perplexity, yardstick = final["validation_perplexity"], final["unigram_perplexity"]
+    ours, yardstick = perplexity(loss), final["unigram_perplexity"]
     rows = [
         ["validation loss", f"{loss:.4f} nats a token"],
-        ["perplexity", f"{perplexity:.2f}"],
+        ["perplexity", f"{ours:.2f}"],
         ["bits per byte", f"{final['bits_per_byte']:.4f}"],
         [
             "unigram entropy of the same text",
-            f"{unigram:.4f} nats (perplexity {yardstick:.2f}; ours is {perplexity / yardstick:.3f} "
+            f"{unigram:.4f} nats (perplexity {yardstick:.2f}; ours is {ours / yardstick:.3f} "
             "of it)",
         ],
         ["tokens trained on", f"{final['tokens']:,}"],
@@ -72,9 +72,12 @@ def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path
         screen.say(f"{name.ljust(width)}  {value}")
 
 
+HIGHEST = 700.0  # nats whose exponential is still a number
+
+
 def perplexity(loss: float) -> float:
     """e to the loss, or infinity where that is too large for a number."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(loss) if loss < HIGHEST else math.inf
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -22,10 +22,14 @@ ROOT = Path("runs")
 
 
 class RunDir(NamedTuple):
-    """A run's folder, and whether an earlier run is to go on in it."""
+    """A run's folder, and whether an earlier run is to go on in it.
+
+    `base` is what a new run without a folder of its own is named and numbered by, else empty.
+    """
 
     path: Path
     resumes: bool
+    base: str = ""
 
     @property
     def metrics(self) -> Path:
@@ -43,14 +47,25 @@ class RunDir(NamedTuple):
     def figure(self) -> Path:
         return self.path / "loss.png"
 
-    def open(self, command: Command) -> Any:
-        """Makes the folder and takes its lock, which ends with the process; keep the result.
+    def open(self, command: Command) -> "tuple[RunDir, Any]":
+        """Makes the folder and takes its lock, which ends with the process; keep the lock.
+
+        Of two runs that begin at once, one takes the next number.
 
         Raises:
-          UsageError: the folder can't be made, or another process is training in it.
+          UsageError: the folder can't be made, another process is training in it, or a run has
+            come into it since it was chosen.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=not self.base)
+        except FileExistsError:
+            if self.path.is_dir():
+                return self._replace(path=_numbered(self.base, _newest(self.base) + 1)).open(
+                    command
+                )
+        except OSError:
+            pass  # told below
+        try:
             # The caller keeps it open: the lock ends with the file.
             lock = open(self.path / ".lock", "w")  # noqa: SIM115
         except OSError as error:
@@ -64,10 +79,15 @@ class RunDir(NamedTuple):
                 f"--run_dir {self.path}: another process is training in it; wait for it, or give "
                 "another folder"
             ) from None
+        if not self.resumes and _occupied(self.path):
+            lock.close()
+            raise UsageError(
+                f"--run_dir {self.path}: another run has just begun in it; give another folder"
+            )
         if not self.resumes or not (self.path / "config.json").exists():
             text = json.dumps(flatten(command.config), indent=2)
             write_atomically(self.path / "config.json", text + "\n")
-        return lock
+        return self, lock
 
 
 def choose(command: Command) -> RunDir:
@@ -92,11 +112,12 @@ def choose(command: Command) -> RunDir:
     if config.resume:
         number = max(newest, 1)
         return RunDir(_numbered(base, number), newest > 0)
-    return RunDir(_numbered(base, newest + 1), False)
+    return RunDir(_numbered(base, newest + 1), False, base)
 
 
 def _occupied(path: Path) -> bool:
-    return path.is_dir() and any(path.iterdir())
+    # A run that ended before its first step leaves its lock alone.
+    return path.is_dir() and any(p.name not in (".lock", "config.json") for p in path.iterdir())
 
 
 def _numbered(base: str, number: int) -> Path:

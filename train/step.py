@@ -61,3 +61,9 @@ def make_eval_step(model: LlamaConfig) -> Any:
         return loss * count, count
 
     return jax.jit(eval_step)
+
+
+def all_finite(state: State) -> jax.Array:
+    """Whether all floating-point numbers of a state are finite, () bool."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))

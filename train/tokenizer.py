@@ -14,6 +14,7 @@ import numpy as np
 import sentencepiece
 
 from train import cache
+from train.config import LEAST_PIECES
 from train.errors import UsageError
 
 UNKNOWN, END = 0, 1  # ids; END stands before the first document and after each
@@ -84,11 +85,12 @@ def _explained(error: RuntimeError, vocab_size: int) -> UsageError:
     most = re.search(r"set it to a value <= (\d+)", message)
     least = re.search(r"required_chars\. \d+ vs (\d+)", message)
     if most:
-        advice = f"the text gives fewer; give at most {most[1]}, or more text"
+        few = int(most[1]) < LEAST_PIECES
+        advice = f"the text gives fewer; give {'' if few else f'at most {most[1]}, or '}more text"
     elif least:
         advice = f"fewer than the text's characters; give at least {least[1]}"
     else:
-        advice = f"SentencePiece can't train on this text: {message}"
+        advice = f"SentencePiece can't train on this text ({message}); give more text"
     return UsageError(f"--data.vocab_size {vocab_size}: {advice}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optax_subspace._projectors._base import Projector
+from optax_subspace._projectors._base import Projector, check_count
 
 
 def adaptive_period(projector: Projector, *, cosine: float = 0.9, longest: int = 8) -> Projector:
@@ -41,6 +41,5 @@ def adaptive_period(projector: Projector, *, cosine: float = 0.9, longest: int =
         raise ValueError("adaptive_period: the projector has no period that could be adapted")
     if not 0 < cosine <= 1:
         raise ValueError(f"adaptive_period: cosine must lie in (0, 1], got {cosine}")
-    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
-        raise ValueError(f"adaptive_period: longest must be at least 1, got {longest!r}")
+    check_count("longest", longest)
     return projector._replace(cosine=cosine, longest=longest)

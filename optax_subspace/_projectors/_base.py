@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class Projector(NamedTuple):
@@ -56,3 +57,16 @@ class Projector(NamedTuple):
     follow: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]] | None = None
     cosine: float | None = None
     longest: int = 1
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises unless ``value`` is a Python integer of at least ``least``."""
+    if isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{name} must be a Python int, not an array: it is static. Under "
+            f"optax.inject_hyperparams pass static_args=({name!r}, ...)."
+        )
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

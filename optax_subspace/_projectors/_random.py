@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from optax_subspace._projectors._base import Projector
-from optax_subspace._projectors._svd import check_every
+from optax_subspace._projectors._base import Projector, check_count
 
 
 def random_projection(every: int = 200) -> Projector:
@@ -29,7 +28,7 @@ def random_projection(every: int = 200) -> Projector:
       >>> bool(jnp.allclose(basis.T @ basis, jnp.eye(2), atol=1e-6))
       True
     """
-    check_every(every)
+    check_count("every", every)
 
     def update(gradient, basis, state):
         carried, key = jax.random.split(jax.random.wrap_key_data(state))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from optax_subspace._projectors._base import Projector
-from optax_subspace._projectors._svd import align_signs, check_every
+from optax_subspace._projectors._base import Projector, check_count
+from optax_subspace._projectors._svd import align_signs
 
 # Without a basis to start from, one power step is not enough on a slowly falling spectrum.
 _EXTRA_POWER_AT_FIRST = 2
@@ -47,11 +47,9 @@ def subspace_iteration(every: int = 200, power: int = 1, oversample: int = 0) ->
       >>> jnp.abs(basis).round(3).tolist()
       [[1.0], [0.0], [0.0]]
     """
-    check_every(every)
-    if not isinstance(power, int) or power < 1:
-        raise ValueError(f"subspace_iteration: power must be at least 1, got {power!r}")
-    if not isinstance(oversample, int) or oversample < 0:
-        raise ValueError(f"subspace_iteration: oversample must not be negative, got {oversample!r}")
+    check_count("every", every)
+    check_count("power", power)
+    check_count("oversample", oversample, least=0)
 
     def update(gradient, basis, state):
         m, rank = basis.shape

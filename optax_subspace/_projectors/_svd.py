@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from optax_subspace._projectors._base import Projector
+from optax_subspace._projectors._base import Projector, check_count
 
 METHODS = ("gram", "lapack")
 
@@ -42,7 +42,7 @@ def svd(every: int = 200, method: str = "gram") -> Projector:
       >>> basis.round(3).tolist()
       [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
     """
-    check_every(every)
+    check_count("every", every)
     if method not in METHODS:
         raise ValueError(f"svd: method must be one of {', '.join(METHODS)}, got {method!r}")
     leading = _leading_by_gram if method == "gram" else _leading_by_lapack
@@ -51,12 +51,6 @@ def svd(every: int = 200, method: str = "gram") -> Projector:
         return align_signs(leading(gradient, basis.shape[1]), basis), state
 
     return Projector(init=lambda key, m, n, rank: (), update=update, every=every)
-
-
-def check_every(every: int) -> None:
-    """Raises unless ``every`` is a positive integer."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a positive number of steps, got {every!r}")
 
 
 def align_signs(basis: jax.Array, previous: jax.Array) -> jax.Array:
