@@ -1,6 +1,6 @@
 """Subspace optimizers for JAX: GaLore and its kin as composable optax transformations."""
 
-from optax_subspace._alias import galore
+from optax_subspace._alias import galore, online_subspace_descent
 from optax_subspace._bases import LeafBasis, ProjectionState
 from optax_subspace._chaining import (
     InSubspaceState,
@@ -11,6 +11,7 @@ from optax_subspace._chaining import (
 )
 from optax_subspace._describe import Description, describe
 from optax_subspace._leaves import LeafPlan, MatrixSpec
+from optax_subspace._metrics import SubspaceMetrics, subspace_metrics
 from optax_subspace._plan import plan
 from optax_subspace._projectors import (
     Projector,
@@ -22,7 +23,9 @@ from optax_subspace._projectors import (
     random_projection,
     subspace_iteration,
     svd,
+    tied_rate,
 )
+from optax_subspace._sharding import state_shardings
 from optax_subspace._subspace import SubspaceState, scale_by_subspace
 
 __version__ = "0.1.0"
@@ -35,6 +38,7 @@ __all__ = [
     "MatrixSpec",
     "ProjectionState",
     "Projector",
+    "SubspaceMetrics",
     "SubspaceState",
     "adaptive_period",
     "describe",
@@ -44,12 +48,16 @@ __all__ = [
     "in_subspace",
     "oja",
     "online_pca",
+    "online_subspace_descent",
     "plan",
     "random_projection",
     "scale_by_adam",
     "scale_by_lion",
     "scale_by_subspace",
+    "state_shardings",
     "subspace_iteration",
+    "subspace_metrics",
     "subspace_project",
     "svd",
+    "tied_rate",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_subspace._leaves import Rules
-from optax_subspace._projectors import Projector, svd
+from optax_subspace._projectors import Projector, history_pca, svd
 from optax_subspace._subspace import scale_by_subspace
 
 
@@ -30,6 +30,9 @@ def galore(
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     projector_dtype: Any = None,
+    stagger: bool = False,
+    moments: str = "keep",
+    accumulate: int = 1,
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -60,6 +63,8 @@ def galore(
       eps: added to the root of the second moment.
       mu_dtype, nu_dtype: dtypes in which the moments are stored, float32 by default.
       projector_dtype: dtype in which the bases are stored, float32 by default.
+      stagger, moments, accumulate: see :func:`scale_by_subspace`; decay and schedule take one step
+        per ``accumulate`` gradients.
       weight_decay: decoupled decay :math:`\lambda`, in full space and times the learning rate.
       mask: tree of booleans, or a function from parameters to one: which leaves decay.
 
@@ -91,7 +96,7 @@ def galore(
         projector = svd(200 if every is None else every)
     if inner is None:
         inner = _scale_by_galore_adam(b1, b2, eps, mu_dtype, nu_dtype)
-    return optax.chain(
+    return _optimizer(
         scale_by_subspace(
             inner,
             rank=rank,
@@ -100,10 +105,106 @@ def galore(
             scale=scale,
             rules=rules,
             projector_dtype=projector_dtype,
+            stagger=stagger,
+            moments=moments,
+            accumulate=accumulate,
         ),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rate,
+        weight_decay,
+        mask,
+        accumulate,
     )
+
+
+def online_subspace_descent(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    *,
+    projector: Projector | None = None,
+    scale: optax.ScalarOrSchedule = 0.25,
+    side: str = "shorter",
+    rules: Rules | None = None,
+    inner: optax.GradientTransformation | None = None,
+    projector_dtype: Any = None,
+    moments: str = "keep",
+    accumulate: int = 1,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Online Subspace Descent: a basis that follows each gradient, with no SVD after the first.
+
+    .. math::
+      W_{t+1} = W_t - \eta \bigl(\alpha P_t \, \mathrm{inner}(P_t^\top G_t) + \lambda W_t\bigr),
+      \qquad P_{t+1} = \mathrm{OnlinePCA}(P_t, G_t)
+
+    It converges for any rule that moves the basis when ``inner`` is a Hamiltonian descent, as
+    Adam, Lion and momentum are. The published code is ``projector=online_pca(optax.adamw(1 / 200,
+    weight_decay=0.01), orthogonality=0.0, relative=False)`` with ``inner=galore``'s Adam; its
+    learning rate follows the weights' with :func:`tied_rate`.
+
+    Args:
+      learning_rate: step size :math:`\eta`, a number or a schedule.
+      rank: dimension of the subspace.
+      projector: the rule; :func:`history_pca` by default, which of all rules that follow captured
+        most of a LLaMA's real gradients, :func:`online_pca` as published, :func:`oja`, or one of
+        your own.
+      scale: factor :math:`\alpha` on the lifted update.
+      side, rules, projector_dtype, moments, accumulate: see :func:`scale_by_subspace`.
+      inner: transformation in the subspace, ``optax.scale_by_adam(eps=1e-6)`` by default.
+      weight_decay: decoupled decay :math:`\lambda`, in full space and times the learning rate.
+      mask: tree of booleans, or a function from parameters to one: which leaves decay.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: what :func:`scale_by_subspace` raises.
+
+    References:
+      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, equation 4.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = online_subspace_descent(learning_rate=0.1, rank=2)
+      >>> params = {"w": jnp.ones((8, 4))}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> updates["w"].shape
+      (8, 4)
+    """
+    return _optimizer(
+        scale_by_subspace(
+            optax.scale_by_adam(eps=1e-6) if inner is None else inner,
+            rank=rank,
+            projector=history_pca() if projector is None else projector,
+            side=side,
+            scale=scale,
+            rules=rules,
+            projector_dtype=projector_dtype,
+            moments=moments,
+            accumulate=accumulate,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
+        accumulate,
+    )
+
+
+def _optimizer(
+    subspace: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float,
+    mask: Any,
+    accumulate: int,
+) -> optax.GradientTransformationExtraArgs:
+    """Decay in full space, then the learning rate; neither sees a micro-batch that is not last."""
+    after: Any = optax.chain(
+        optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
+    )
+    if accumulate > 1:
+        is_last = lambda step, **_: step % accumulate == accumulate - 1
+        after = optax.transforms.conditionally_mask(after, is_last)
+    return optax.chain(subspace, after)
 
 
 def _scale_by_galore_adam(b1, b2, eps, mu_dtype, nu_dtype) -> optax.GradientTransformation:

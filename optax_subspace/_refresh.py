@@ -96,9 +96,12 @@ def refresh(
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
         gradient, old = take(matrices), jax.tree.map(take, (carry.basis, carry.rule))
         gradient = gradient if side == "left" else gradient.T
+        # Scaled, so that a rule's squares neither overflow nor vanish.
+        tiny = jnp.finfo(gradient.dtype).tiny
+        scaled = lambda: gradient / jnp.maximum(jnp.max(jnp.abs(gradient)), tiny)
         # The branch keeps XLA from computing, ahead of the loop and so on every step, whatever the
         # rule needs of a gradient that is the only slice of its leaf.
-        new = jax.lax.cond(take(due), lambda: checked(rule.update, gradient, *old), lambda: old)
+        new = jax.lax.cond(take(due), lambda: checked(rule.update, scaled(), *old), lambda: old)
         rotation, overlap = compare(new[0], old[0])
         return Refreshed(
             basis=put(carry.basis, new[0]),

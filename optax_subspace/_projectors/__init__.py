@@ -5,7 +5,7 @@ from optax_subspace._projectors._base import Projector
 from optax_subspace._projectors._fixed import fixed
 from optax_subspace._projectors._history_pca import history_pca
 from optax_subspace._projectors._oja import oja
-from optax_subspace._projectors._online_pca import online_pca
+from optax_subspace._projectors._online_pca import online_pca, tied_rate
 from optax_subspace._projectors._random import random_projection
 from optax_subspace._projectors._subspace_iteration import subspace_iteration
 from optax_subspace._projectors._svd import svd
@@ -20,4 +20,5 @@ __all__ = [
     "random_projection",
     "subspace_iteration",
     "svd",
+    "tied_rate",
 ]

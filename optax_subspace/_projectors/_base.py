@@ -20,7 +20,8 @@ class Projector(NamedTuple):
     Attributes:
       init: ``(key, m, n, rank) -> state``.
       update: ``(gradient, basis, state) -> (basis, state)``, a new basis that serves from this very
-        step on. For the first basis of a leaf, ``basis`` is all zeros.
+        step on. The gradient is not zero and scaled such that its largest entry is 1 or -1. For
+        the first basis of a leaf, ``basis`` is all zeros.
       every: ``update`` is applied at a leaf's first step and then every so many steps; None for
         the first step alone.
       follow: ``(product, basis, state) -> (basis, state)``, applied on every other step, with

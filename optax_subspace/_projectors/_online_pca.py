@@ -28,7 +28,8 @@ def online_pca(
 
     Args:
       optimizer: any optax optimizer on ``P``, ``optax.adam(0.1)`` by default; its state has the
-        shape of ``P`` and its learning rate may be a schedule of the basis steps.
+        shape of ``P``. Its learning rate may be a constant, a schedule of the basis' steps, or
+        tied to that of the weights by :func:`tied_rate`.
       orthogonality: weight :math:`\lambda`; zero in the published code, 0.1 in the paper.
       relative: divide the optimizer's steps by ``sqrt(m)``, the size of a basis' entries being
         ``1 / sqrt(m)``, so that one learning rate serves every ``m`` under sign-like optimizers
@@ -70,3 +71,36 @@ def online_pca(
         every=None,
         follow=follow,
     )
+
+
+def tied_rate(
+    learning_rate: optax.ScalarOrSchedule, peak: float, every: int = 200
+) -> optax.ScalarOrSchedule:
+    r"""A learning rate for the basis that follows the weights' one.
+
+    .. math::
+      \eta_P(t) = \frac{1}{T} \, \frac{\eta(t)}{\eta_{\max}}
+
+    Args:
+      learning_rate: :math:`\eta`, the weights' own, a number or a schedule.
+      peak: :math:`\eta_{\max}`, its highest value.
+      every: :math:`T`, called the gap in the published code.
+
+    Returns:
+      A number or a schedule for the optimizer of :func:`online_pca`. The basis takes its first step
+      with the second step of the weights.
+
+    References:
+      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, and its
+      public code.
+
+    Example:
+      >>> import optax
+      >>> schedule = optax.linear_schedule(0.0, 0.01, 10)
+      >>> rule = online_pca(optax.adam(tied_rate(schedule, peak=0.01)))
+      >>> round(float(tied_rate(schedule, peak=0.01)(4)), 6)  # 1 / 200 * 5 / 10
+      0.0025
+    """
+    if callable(learning_rate):
+        return lambda step: learning_rate(step + 1) / (peak * every)
+    return learning_rate / (peak * every)

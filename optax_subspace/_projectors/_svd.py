@@ -70,8 +70,6 @@ def _leading_by_lapack(gradient: jax.Array, rank: int) -> jax.Array:
 
 def _leading_by_gram(gradient: jax.Array, rank: int) -> jax.Array:
     m, n = gradient.shape
-    # Scaled, so that squares neither overflow nor vanish.
-    gradient = gradient / jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.finfo(gradient.dtype).tiny)
     with jax.default_matmul_precision("highest"):
         if m <= n:
             _, vectors = jnp.linalg.eigh(gradient @ gradient.T)  # ascending

@@ -1,0 +1,92 @@
+"""What the subspaces are doing: pure functions of a state and a gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_subspace._bases import LeafBasis, ProjectionState
+from optax_subspace._describe import recording
+from optax_subspace._leaves import LeafPlan, path_name
+from optax_subspace._projection import compute_dtype, project, to_matrices
+
+
+class SubspaceMetrics(NamedTuple):
+    """One leaf's subspace, with the leaf's batch axes in front.
+
+    Attributes:
+      captured_energy: float32 ``(*batch,)``, the part of the gradient's squared Frobenius norm
+        within the span of the basis, in [0, 1]; 0 for a gradient of zeros or without a basis.
+      drift: float32 ``(*batch,)``, one minus the mean squared cosine of the principal angles
+        between the last two bases; 0 if the subspace stood still.
+      refreshes: int32 ``(*batch,)``, how often the projector's ``update`` gave a basis.
+      skipped: int32 scalar, how often the leaf's gradient was not finite.
+    """
+
+    captured_energy: jax.Array
+    drift: jax.Array
+    refreshes: jax.Array
+    skipped: jax.Array
+
+
+def subspace_metrics(
+    tx: optax.GradientTransformation, state: optax.OptState, updates: optax.Updates
+) -> dict[str, SubspaceMetrics]:
+    """Measures every projected leaf: how much of a gradient its basis captures, and how it moves.
+
+    A pure function of ``state`` and ``updates``, which may be traced. It costs a QR of each basis
+    and one projection, so call it at evaluations rather than at every step.
+
+    Args:
+      tx: the transformation that ``state`` is of; chains, masks and wrappers are looked into.
+      state: its state, that of a ``flax.training.TrainState`` or NNX optimizer included.
+      updates: gradients of the parameters' shapes.
+
+    Returns:
+      The metrics by the leaf's path.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_subspace import galore, subspace_metrics
+      >>> tx, params = galore(1e-2, rank=2), {"w": jnp.ones((8, 4))}
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> metrics = subspace_metrics(tx, state, params)["w"]
+      >>> round(float(metrics.captured_energy), 4), int(metrics.refreshes)
+      (1.0, 1)
+    """
+    with recording() as plans:
+        jax.eval_shape(tx.init, updates)
+    flat, _ = jax.tree_util.tree_flatten_with_path(updates)
+    gradients = {path_name(path): leaf for path, leaf in flat}
+    is_projection = lambda x: isinstance(x, ProjectionState)
+    found = {}
+    for node in jax.tree.leaves(state, is_leaf=is_projection):
+        if not is_projection(node) or not isinstance(node.leaves, dict):
+            continue
+        for name, leaf in node.leaves.items():
+            shapes = tuple(b.shape for b in leaf.bases)
+            plan = next(p for p in plans if p.path == name and p.basis_shapes == shapes)
+            found[name] = SubspaceMetrics(
+                captured_energy(gradients[name], leaf, plan),
+                leaf.drift,
+                leaf.refreshes,
+                node.skipped[name],
+            )
+    return found
+
+
+def captured_energy(gradient: jax.Array, leaf: LeafBasis, plan: LeafPlan) -> jax.Array:
+    """``||Q^T G||_F^2 / ||G||_F^2`` per slice, ``Q`` an orthonormal basis of the basis' span."""
+    matrices = to_matrices(gradient.astype(compute_dtype(gradient.dtype)), plan)
+    # Scaled, so that squares neither overflow nor vanish.
+    largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True)
+    matrices = matrices / jnp.maximum(largest, jnp.finfo(matrices.dtype).tiny)
+    started = leaf.refreshes > 0
+    spans = tuple(jnp.linalg.qr(b.astype(matrices.dtype))[0] for b in leaf.bases)
+    inside = jnp.sum(project(matrices, spans, plan) ** 2, axis=(-2, -1))
+    total = jnp.sum(matrices**2, axis=(-2, -1))
+    share = jnp.minimum(inside / jnp.where(total > 0, total, 1), 1)
+    return jnp.where(started, share, 0).astype(jnp.float32)

@@ -1,0 +1,167 @@
+"""Shardings of an optimizer's state, derived from the parameters' own."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optax_subspace._bases import ProjectionState
+from optax_subspace._describe import recording
+from optax_subspace._inner_state import map_leaves
+from optax_subspace._leaves import LeafPlan, path_name
+
+_Axes = tuple[str, ...] | None  # mesh axes that one axis of an array is split over
+
+
+def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
+    """The shardings that keep ``tx``'s state beside the parameters that it belongs to.
+
+    Bases are split along the projected axis as the weight is, moments along the other one, batch
+    axes as the weight's, and the rank axis never. So each device projects and lifts its own part;
+    a step moves at most a low-rank gradient between devices, and no full weight or gradient. (Two
+    exceptions: ``svd`` of a gradient that is split along its shorter side gathers that one matrix
+    at its refresh, which ``subspace_iteration`` does not; and a stack that is split along a batch
+    axis is gathered, of which a warning tells.) What
+    belongs to no parameter, such as a counter, is on every device.
+
+    Args:
+      tx: any transformation, with or without projections of this library in it.
+      params: tree of arrays, or of ``jax.ShapeDtypeStruct`` with a ``sharding``, all of them
+        ``NamedSharding`` of one mesh.
+
+    Returns:
+      A tree of ``NamedSharding`` in the structure of ``tx.init(params)``, for ``jax.jit``.
+
+    Raises:
+      ValueError: a parameter has no ``NamedSharding``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
+      >>> from optax_subspace import galore, state_shardings
+      >>> tx, mesh = galore(1e-2, rank=2), Mesh(jax.devices()[:1], ("model",))
+      >>> by_columns = NamedSharding(mesh, PartitionSpec(None, "model"))
+      >>> params = {"w": jax.device_put(jnp.ones((8, 16)), by_columns)}
+      >>> shardings = state_shardings(tx, params)
+      >>> shardings[0].inner.mu["w"].spec, shardings[0].projection.leaves["w"].bases[0].spec
+      (P(None, 'model'), P())
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    specs, mesh = {}, None
+    for path, leaf in flat:
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(
+                f"parameter {path_name(path)} has the sharding {sharding}: place the parameters "
+                "with jax.sharding.NamedSharding first"
+            )
+        mesh = sharding.mesh
+        specs[path_name(path)] = _axes_of(sharding.spec, len(leaf.shape))
+    if mesh is None:
+        return jax.tree.map(lambda _: None, jax.eval_shape(tx.init, params))
+    with recording() as plans:
+        state = jax.eval_shape(tx.init, params)
+    for plan in plans:
+        if plan.projected and any(_batch_axes(plan, specs[plan.path])):
+            warnings.warn(
+                f"parameter {plan.path} is split along its batch axes {plan.batch}, over which "
+                "projectors loop: each step gathers its gradient. Split rows or columns instead",
+                UserWarning,
+                stacklevel=2,
+            )
+    names = [path_name(path) for path, _ in flat]
+    by_path: dict[str, list[LeafPlan]] = {}
+    for plan in plans:
+        by_path.setdefault(plan.path, []).append(plan)
+
+    def named(axes: tuple[_Axes, ...] = ()) -> NamedSharding:
+        while axes and axes[-1] is None:
+            axes = axes[:-1]
+        entries = [a[0] if a is not None and len(a) == 1 else a for a in axes]
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    def of_array(name: str, x: Any) -> NamedSharding:
+        """An array that belongs to a parameter: of its shape, of its subspace's, or of another."""
+        for plan in by_path.get(name, ()):
+            if plan.projected and x.shape == plan.low_shape:
+                rows, columns = _matrix_axes(plan, specs[name])
+                rows = None if "left" in plan.sides else rows
+                columns = None if "right" in plan.sides else columns
+                return named((*_batch_axes(plan, specs[name]), rows, columns))
+        full = next((leaf.shape for path, leaf in flat if path_name(path) == name), None)
+        return named(specs[name]) if x.shape == full else named()
+
+    def of_projection(node: ProjectionState) -> Any:
+        leaves = {}
+        for name, leaf in node.leaves.items():
+            shapes = tuple(b.shape for b in leaf.bases)
+            plan = next(p for p in by_path[name] if p.basis_shapes == shapes)
+            batch = _batch_axes(plan, specs[name])
+            sides = dict(zip(("left", "right"), _matrix_axes(plan, specs[name]), strict=True))
+            bases = tuple(named((*batch, sides[s], None)) for s in plan.sides)
+            rule = tuple(
+                jax.tree.map(lambda x, b=b, h=h: h if x.shape == b.shape else named(), r)
+                for r, b, h in zip(leaf.rule, leaf.bases, bases, strict=True)
+            )
+            rest = jax.tree.map(lambda _: named(), leaf._replace(bases=(), rule=()))
+            leaves[name] = rest._replace(bases=bases, rule=rule)
+        shardings: Any = {
+            "steps": named(),
+            "leaves": leaves,
+            "skipped": jax.tree.map(lambda _: named(), node.skipped),
+            "accumulated": {name: of_array(name, x) for name, x in node.accumulated.items()},
+        }
+        return ProjectionState(**shardings)
+
+    def of_part(name: str | None, part: Any) -> Any:
+        if isinstance(part, _Boxed):
+            return of_projection(part.node)
+        return jax.tree.map(lambda x: named() if name is None else of_array(name, x), part)
+
+    # A projection's state is no inner state: kept out of the search for parts like the parameters.
+    is_projection = lambda x: isinstance(x, ProjectionState)
+    boxed = jax.tree.map(
+        lambda x: _Boxed(x) if is_projection(x) else x, state, is_leaf=is_projection
+    )
+    return map_leaves(
+        lambda index, path, part: of_part(names[index], part),
+        lambda part: of_part(None, part),
+        structure,
+        boxed,
+    )
+
+
+@dataclasses.dataclass
+class _Boxed:
+    """A node that tree functions take for a leaf."""
+
+    node: ProjectionState
+
+
+def _axes_of(spec: PartitionSpec, ndim: int) -> tuple[_Axes, ...]:
+    entries = [None if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+    return tuple(entries) + (None,) * (ndim - len(entries))
+
+
+def _batch_axes(plan: LeafPlan, spec: tuple[_Axes, ...]) -> tuple[_Axes, ...]:
+    return tuple(spec[a] for a in plan.batch)
+
+
+def _matrix_axes(plan: LeafPlan, spec: tuple[_Axes, ...]) -> tuple[_Axes, _Axes]:
+    """The mesh axes of a matrix' rows and columns.
+
+    Where several axes of the leaf make one of the matrix, a split of the first one larger than 1
+    stays a split of it; one of a later axis alone would interleave, and is given up.
+    """
+
+    def joined(axes: tuple[int, ...]) -> _Axes:
+        major = next((a for a in axes if plan.shape[a] > 1), axes[0])
+        return spec[major]
+
+    return joined(plan.reduction), joined(plan.output)

@@ -1,0 +1,260 @@
+"""When bases change, what becomes of the moments, and gradients of many micro-batches."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_subspace as osub
+from tests import trees
+
+STACK = [("stack", osub.MatrixSpec(1, 2))]
+
+
+def leaves(*names):
+    return {k: v for k, v in trees.params().items() if k in names}
+
+
+def refreshes(state):
+    return {k: np.asarray(v.refreshes) for k, v in state.projection.leaves.items()}
+
+
+def test_stagger_spreads_leaves_and_slices_over_the_period():
+    params = leaves("tall", "wide", "stack")
+    tx = osub.scale_by_subspace(
+        optax.scale_by_adam(), rank=4, projector=osub.svd(every=10), rules=STACK, stagger=True
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    counts = []
+    for step in range(31):
+        _, state = update(trees.grads(params, 0.1 * step), state)
+        counts.append(np.concatenate([c.ravel() for c in refreshes(state).values()]))
+    changes = np.diff(np.stack(counts), axis=0)
+    assert np.all(counts[0] == 1), "every slice takes its first basis from the first gradient"
+    assert changes.sum(axis=1).max() == 1, "no step refreshes two of the five slices"
+    # Each slice once in any ten steps, after a first period that may be shorter.
+    for start in range(21):
+        np.testing.assert_array_equal(changes[start : start + 10].sum(axis=0), 1)
+
+
+def test_without_stagger_all_refresh_at_once():
+    params = leaves("tall", "stack")
+    tx = osub.scale_by_subspace(
+        optax.scale_by_adam(), rank=4, projector=osub.svd(every=3), rules=STACK
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(7):
+        _, state = update(trees.grads(params, 0.1 * step), state)
+        for count in refreshes(state).values():
+            assert np.all(count == step // 3 + 1)
+
+
+def moved(moments, side, inner=None, rule=None):
+    """State before and after one refresh, and the gradient of the step between."""
+    params = {"w": trees.params()["tall"]}
+    inner = inner or optax.scale_by_adam(b1=0.9, b2=0.9)
+    tx = osub.scale_by_subspace(
+        inner, rank=4, side=side, projector=rule or osub.svd(every=2), moments=moments
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(2):
+        _, state = update(trees.grads(params, step), state)
+    grads = trees.grads(params, 2.0)
+    _, after = update(grads, state)
+    return state, after, np.asarray(grads["w"], np.float64)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("moments", ["keep", "project", "reset"])
+def test_moments_across_a_refresh(moments, side):
+    before, after, gradient = moved(moments, side)
+    old, new = before.projection.leaves["w"].bases, after.projection.leaves["w"].bases
+    turns = [
+        np.asarray(n, np.float64).T @ np.asarray(o, np.float64)
+        for n, o in zip(new, old, strict=True)
+    ]
+    p = np.asarray(new[0]) if side != "right" else np.eye(20)
+    q = np.asarray(new[-1]) if side != "left" else np.eye(12)
+    low = p.T @ gradient @ q
+
+    def carried(moment, squared):
+        moment = np.asarray(moment, np.float64)
+        if moments == "reset":
+            return np.zeros_like(moment)
+        if moments == "keep":
+            return moment
+        weights = [t**2 if squared else t for t in turns]
+        if side != "right":
+            moment = weights[0] @ moment
+        if side != "left":
+            moment = moment @ weights[-1].T
+        return moment
+
+    mu = 0.9 * carried(before.inner.mu["w"], False) + 0.1 * low
+    nu = 0.9 * carried(before.inner.nu["w"], True) + 0.1 * low**2
+    np.testing.assert_allclose(after.inner.mu["w"], mu, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(after.inner.nu["w"], nu, rtol=1e-3, atol=1e-4)
+
+
+def test_projected_momentum_keeps_what_both_subspaces_share():
+    """With a basis of the same span, re-projection changes coordinates and not the momentum."""
+    params = {"w": trees.params()["wide"]}
+    span = np.linalg.qr(np.random.default_rng(0).standard_normal((12, 4)))[0]
+    mix = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 4)))[0]
+    turned = jnp.asarray(span @ mix, jnp.float32)
+    first = jnp.asarray(span, jnp.float32)
+
+    def update(gradient, basis, state):
+        return jnp.where(jnp.all(basis == 0), first, turned), state
+
+    rule = osub.Projector(lambda *_: (), update, every=2)
+    tx = osub.scale_by_subspace(optax.trace(0.9), rank=4, projector=rule, moments="project")
+    state, still = tx.init(params), None
+    fixed = osub.scale_by_subspace(optax.trace(0.9), rank=4, projector=osub.fixed(first))
+    still = fixed.init(params)
+    for step in range(3):
+        grads = trees.grads(params, step)
+        got, state = tx.update(grads, state)
+        expected, still = fixed.update(grads, still)
+    np.testing.assert_allclose(got["w"], expected["w"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [osub.history_pca(), osub.online_pca()])
+def test_moments_follow_a_basis_that_follows(rule):
+    before, after, gradient = moved("project", "left", optax.trace(0.9), rule)
+    old, new = before.projection.leaves["w"].bases[0], after.projection.leaves["w"].bases[0]
+    trace = 0.9 * np.asarray(before.inner.trace["w"], np.float64) + np.asarray(old).T @ gradient
+    np.testing.assert_allclose(
+        after.inner.trace["w"], np.asarray(new).T @ np.asarray(old) @ trace, rtol=1e-3, atol=1e-4
+    )
+    with pytest.raises(ValueError, match=r"parameter w: moments='reset' with a projector"):
+        moved("reset", "left", rule=rule)
+
+
+def test_adaptive_period_skips_refreshes_of_a_still_subspace_only():
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (16, 24))
+    still = u @ np.diag(np.linspace(5, 1, 16)) @ v[:16]
+    params = {"stack": jnp.asarray(np.stack([still, still]), jnp.float32)}
+    tx = osub.scale_by_subspace(
+        optax.scale_by_adam(),
+        rank=3,
+        rules=STACK,
+        projector=osub.adaptive_period(osub.svd(every=2), cosine=0.9, longest=4),
+    )
+    state, update, counts = tx.init(params), jax.jit(tx.update), []
+    for _ in range(30):
+        moving = np.linalg.qr(rng.standard_normal((16, 16)))[0] @ still
+        grads = {"stack": jnp.asarray(np.stack([still, moving]), jnp.float32)}
+        _, state = update(grads, state)
+        counts.append(refreshes(state)["stack"])
+    leaf = state.projection.leaves["stack"]
+    # Still: at 0, 2, then after 4, 8, 8, ... steps. Moving: every second step.
+    np.testing.assert_array_equal(leaf.refreshes, [5, 15])
+    np.testing.assert_array_equal(leaf.period, [4, 1])
+    assert [int(c[0]) for c in counts[:16]] == [1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4]
+    assert leaf.drift[0] < 1e-5 and leaf.drift[1] > 0.3
+    for call in (
+        lambda: osub.adaptive_period(osub.history_pca()),
+        lambda: osub.adaptive_period(osub.svd(), cosine=0.0),
+        lambda: osub.adaptive_period(osub.svd(), longest=0),
+    ):
+        with pytest.raises(ValueError, match="adaptive_period|longest"):
+            call()
+
+
+@pytest.mark.parametrize("form", ["pure", "chain"])
+def test_accumulation_equals_one_big_batch(form):
+    """Three steps of four micro-batches; the bases don't depend on which of them is first."""
+    params = leaves("tall", "stack", "bias")
+    rule = osub.random_projection(every=2)
+
+    def make(accumulate):
+        settings = {"rank": 4, "projector": rule, "rules": STACK, "accumulate": accumulate}
+        inner = optax.scale_by_adam()
+        if form == "pure":
+            return osub.scale_by_subspace(inner, **settings)
+        return optax.chain(osub.subspace_project(**settings), osub.in_subspace(inner))
+
+    many, one = make(4), make(1)
+    state, big = many.init(params), one.init(params)
+    projection = lambda s: s[0] if form == "chain" else s.projection
+    assert {k: v.shape for k, v in projection(state).accumulated.items()} == {
+        "tall": (20, 4),
+        "stack": (3, 4, 20),
+        "bias": (12,),
+    }
+    update = jax.jit(many.update)
+    for step in range(3):
+        parts = [trees.grads(params, step + 0.1 * i) for i in range(4)]
+        for part in parts:
+            got, state = update(part, state)
+            if part is not parts[-1]:
+                assert all(not np.any(x) for x in jax.tree.leaves(got))
+        mean = jax.tree.map(lambda *x: sum(x) / 4, *parts)
+        expected, big = one.update(mean, big)
+        chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+    for name, leaf in projection(big).leaves.items():
+        np.testing.assert_array_equal(leaf.refreshes, projection(state).leaves[name].refreshes)
+
+
+def test_accumulation_in_an_alias_decays_and_schedules_once_a_step():
+    params = leaves("wide", "bias")
+    rates = lambda step: 0.1 / (step + 1)
+    settings = {"rank": 4, "projector": osub.random_projection(every=2), "weight_decay": 0.1}
+    many, one = osub.galore(rates, accumulate=3, **settings), osub.galore(rates, **settings)
+    state, big, p, q = many.init(params), one.init(params), params, params
+    for step in range(3):
+        for _ in range(3):
+            updates, state = many.update(trees.grads(params, step), state, p)
+            p = optax.apply_updates(p, updates)
+        updates, big = one.update(trees.grads(params, step), big, q)
+        q = optax.apply_updates(q, updates)
+    chex.assert_trees_all_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bad_micro_batch_skips_its_leaf_for_the_step():
+    params = leaves("tall", "wide")
+    tx = osub.scale_by_subspace(optax.scale_by_adam(), rank=4, accumulate=2)
+    state = tx.init(params)
+    good = trees.grads(params)
+    bad = {**good, "tall": good["tall"].at[0, 0].set(jnp.inf)}
+    for grads in (good, good, bad, good):
+        updates, state = tx.update(grads, state)
+    assert not np.any(updates["tall"]) and np.any(updates["wide"])
+    assert state.projection.skipped == {"tall": 1, "wide": 0}
+    updates, state = tx.update(good, state)
+    updates, state = tx.update(good, state)
+    assert np.any(updates["tall"])
+    chex.assert_tree_all_finite(state)
+    with pytest.raises(ValueError, match="accumulate=1: initialise"):
+        osub.scale_by_subspace(optax.scale_by_adam(), rank=4).update(good, state)
+
+
+def test_multi_steps_refreshes_once_per_real_step():
+    params = leaves("tall")
+    tx = optax.MultiSteps(
+        osub.scale_by_subspace(optax.scale_by_adam(), rank=4, projector=osub.svd(every=1)), 4
+    )
+    state = tx.init(params)
+    for step in range(8):
+        _, state = tx.update(trees.grads(params, step), state, params)
+    assert int(state.inner_opt_state.projection.leaves["tall"].refreshes) == 2
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+@pytest.mark.parametrize(
+    "rule", [osub.svd(1), osub.subspace_iteration(1), osub.history_pca(), osub.online_pca()]
+)
+def test_bases_do_not_depend_on_the_gradients_scale(rule, scale):
+    params = {"w": trees.params()["tall"]}
+    tx = osub.scale_by_subspace(optax.identity(), rank=4, projector=rule)
+    one, other, update = tx.init(params), tx.init(params), jax.jit(tx.update)
+    for step in range(3):
+        grads = trees.grads(params, 0.1 * step)
+        _, one = update(grads, one)
+        _, other = update(jax.tree.map(lambda g: scale * g, grads), other)
+    basis = lambda state: state.projection.leaves["w"].bases[0]
+    np.testing.assert_allclose(basis(one), basis(other), atol=2e-3)

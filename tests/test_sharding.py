@@ -1,0 +1,131 @@
+"""State on several devices: its shardings, and what the compiled step moves between them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import optax_subspace as osub
+from tests.train_helpers import ROOT
+
+PROGRAM = r"""
+import json, re
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import optax_subspace as osub
+
+mesh = Mesh(np.array(jax.devices()).reshape(8), ("x",))
+spec = osub.MatrixSpec
+CASES = {
+    "left by columns": ((64, 128), P(None, "x"), "left", spec()),
+    "right by rows": ((64, 128), P("x", None), "right", spec()),
+    "left by rows": ((64, 128), P("x", None), "left", spec()),
+    "stack by columns": ((3, 64, 128), P(None, None, "x"), "left", spec(1, 2)),
+    "heads": ((64, 8, 16), P(None, "x", None), "left", spec(0, (1, 2))),
+    "both by columns": ((64, 128), P(None, "x"), "both", spec()),
+}
+RULES = {
+    "svd": osub.svd(), "iteration": osub.subspace_iteration(),
+    "history": osub.history_pca(), "online": osub.online_pca(),
+}
+MOVED = r"\[([\d,]*)\]\S* (?:all-gather|all-to-all)\("
+found = {}
+for case, (shape, axes, side, matrix) in CASES.items():
+    for rule, projector in RULES.items():
+        value = jax.random.normal(jax.random.key(0), shape)
+        w = {"w": jax.device_put(value, NamedSharding(mesh, axes))}
+        # With a larger epsilon Adam does not blow rounding up to steps of full size.
+        tx = osub.galore(1e-2, 4, eps=1e-3, projector=projector, side=side, rules=[("w", matrix)])
+        shardings = osub.state_shardings(tx, w)
+        state = jax.jit(tx.init, out_shardings=shardings)(w)
+        own = {"w": w["w"].sharding}
+
+        def step(gradient, state, params):
+            updates, state = tx.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        compiled = jax.jit(
+            step, in_shardings=(own, shardings, own), out_shardings=(own, shardings)
+        ).lower(w, state, w).compile()
+        sizes = [
+            int(np.prod([int(n) for n in dims.split(",") if n]))
+            for dims in re.findall(MOVED, compiled.as_text())
+        ]
+        new, state = compiled(w, state, w)
+        alone = {"w": value}
+        expected, _ = step(alone, tx.init(alone), alone)
+        found[f"{case}/{rule}"] = {
+            "largest": max(sizes, default=0), "full": 64 * 128,
+            "error": float(jnp.max(jnp.abs(np.asarray(new["w"]) - np.asarray(expected["w"])))),
+            "basis": str(state[0].projection.leaves["w"].bases[0].sharding.spec),
+            "moments": str(state[0].inner.mu["w"].sharding.spec),
+        }
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def test_no_full_weight_is_gathered(found):
+    assert len(found) == 24
+    for case, result in found.items():
+        # An exact SVD of a matrix that is split along its shorter side needs all of it.
+        needs_all = "by rows" in case and "iteration" not in case
+        assert (result["largest"] >= result["full"]) == needs_all, (case, result)
+
+
+def test_the_sharded_step_equals_the_step_on_one_device(found):
+    for case, result in found.items():
+        assert result["error"] < 1e-5, (case, result)
+
+
+@pytest.mark.parametrize(
+    ("case", "basis", "moments"),
+    [
+        ("left by columns", "P()", "P(None, 'x')"),
+        ("right by rows", "P()", "P('x',)"),
+        ("left by rows", "P('x',)", "P()"),
+        ("stack by columns", "P()", "P(None, None, 'x')"),
+        ("heads", "P()", "P(None, 'x')"),
+        ("both by columns", "P()", "P()"),
+    ],
+)
+def test_moments_follow_the_other_axis_and_bases_the_projected_one(found, case, basis, moments):
+    clean = lambda text: text.replace("PartitionSpec", "P")
+    assert clean(found[f"{case}/svd"]["basis"]) == basis
+    assert clean(found[f"{case}/svd"]["moments"]) == moments
+
+
+def test_parameters_without_a_mesh_are_refused():
+    with pytest.raises(ValueError, match=r"parameter w has the sharding .*NamedSharding first"):
+        osub.state_shardings(osub.galore(0.1), {"w": jnp.ones((8, 4))})
+
+
+def test_a_split_batch_axis_is_warned_of():
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    params = {"w": jax.ShapeDtypeStruct((2, 16, 8), jnp.float32, sharding=sharding)}
+    tx = osub.galore(0.1, 2, rules=[("w", osub.MatrixSpec(1, 2))])
+    with pytest.warns(UserWarning, match=r"parameter w is split along its batch axes \(0,\)"):
+        osub.state_shardings(tx, params)
