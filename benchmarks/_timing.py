@@ -40,16 +40,20 @@ def alternate(
     contestants: Mapping[str, Callable[[], object]],
     *,
     rounds: int = 10,
-    repeat: int = 1,
+    repeat: int | Mapping[str, int] = 1,
     warmup: int = 2,
+    rest: float = 0.0,
 ) -> dict[str, Timing]:
     """Times callables in turns.
 
     Args:
       contestants: what to time; each call must wait for its own result.
       rounds: turns of each.
-      repeat: calls per turn, of which the mean counts.
+      repeat: calls per turn, of which the mean counts; by name where a short contestant would be
+        timed in the wake of a long one's threads.
       warmup: calls of each beforehand, not timed (compilation, caches).
+      rest: seconds before each turn, in which the threads of the one before stop spinning: those of
+        LAPACK slow down whatever comes next.
 
     Returns:
       A `Timing` per name, in the given order.
@@ -66,10 +70,12 @@ def alternate(
         # Every other turn runs backwards, so that nobody always follows the same neighbour.
         order = list(contestants.items())[:: -1 if turn % 2 else 1]
         for name, call in order:
+            times = repeat if isinstance(repeat, int) else repeat.get(name, 1)
+            time.sleep(rest)
             start = time.perf_counter()
-            for _ in range(repeat):
+            for _ in range(times):
                 call()
-            seconds[name].append((time.perf_counter() - start) / repeat)
+            seconds[name].append((time.perf_counter() - start) / times)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

@@ -141,7 +141,7 @@ def follow(
 
     def follow_slice(moves, matrix, coordinates, basis, state):
         # Scaled, so that squares neither overflow nor vanish.
-        scale = jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
+        scale = jnp.maximum(jnp.max(jnp.abs(coordinates)), jnp.finfo(matrix.dtype).tiny)
         squared = jnp.sum((matrix / scale) ** 2)
         moves &= squared > 0
         product = (
@@ -149,7 +149,7 @@ def follow(
             if side == "left"
             else (matrix.T @ (coordinates / scale))
         )
-        product = product / scale / jnp.maximum(squared, 1)
+        product = product / jnp.where(squared > 0, squared, 1) / scale
         new = checked(rule.follow, product, basis, state)
         new = jax.tree.map(lambda n, o: jnp.where(moves, n, o), new, (basis, state))
         rotation, overlap = compare(new[0], basis)

@@ -54,15 +54,19 @@ def inner_update(
         low_params = structure.unflatten([_low_weight(w, x) for x, w in weights])
     gradients = structure.unflatten([x.low for x in handed])
     plans = [x.plan for x in handed]
-    used = [x.used for x in handed]
     state = turn_moments(state, structure, plans, [x.before for x in handed])
 
     updates, new_state = inner.update(gradients, state, low_params, **extra_args)
     ready = handed[0].ready if handed else None
+    lows = structure.flatten_up_to(updates)
+    # What overflows inside is skipped like a gradient that isn't finite. That the kept state thus
+    # depends on the update also has XLA finish the update first and change the moments in place,
+    # where it would copy all of them to leave the order open.
+    used = [x.used & jnp.all(jnp.isfinite(u)) for x, u in zip(handed, lows, strict=True)]
     new_state = keep_skipped(new_state, state, structure, used, ready)
     new_state = turn_moments(new_state, structure, plans, [x.after for x in handed])
-    full = zip(handed, structure.flatten_up_to(updates), strict=True)
-    return [_full_update(jnp.where(x.used, u, 0), x) for x, u in full], new_state
+    full = zip(handed, lows, used, strict=True)
+    return [_full_update(jnp.where(ok, u, 0), x) for x, u, ok in full], new_state
 
 
 def _low_weight(weight: jax.Array, leaf: LowRankUpdate) -> jax.Array:

@@ -59,8 +59,9 @@ def online_pca(
 
     def follow(product, basis, state):
         gram = basis.T @ basis
-        slope = 2 * (basis @ (basis.T @ product) + product @ gram - 2 * product)
-        slope += 4 * orthogonality * (basis @ (gram - jnp.eye(gram.shape[0], dtype=gram.dtype)))
+        excess = gram - jnp.eye(gram.shape[0], dtype=gram.dtype)
+        inside = 2 * basis.T @ product + 4 * orthogonality * excess
+        slope = basis @ inside + 2 * product @ (gram - 2 * jnp.eye(gram.shape[0]))
         step, state = optimizer.update(slope, state, basis)
         step = step / jnp.sqrt(basis.shape[0]).astype(basis.dtype) if relative else step
         return basis + step, state

@@ -55,10 +55,10 @@ def subspace_iteration(every: int = 200, power: int = 1, oversample: int = 0) ->
         m, rank = basis.shape
         carried, key = jax.random.split(jax.random.wrap_key_data(state))
         columns = min(m, gradient.shape[1], rank + oversample)
-        noise = jax.random.normal(key, (m, columns), gradient.dtype)
         first = jnp.all(basis == 0)
-        start = jnp.where(first, noise, noise.at[:, :rank].set(basis))
-        gradient = gradient / jnp.linalg.norm(gradient)
+        draw = lambda width: jax.random.normal(key, (m, width), gradient.dtype)
+        begin = lambda: jnp.concatenate([basis, draw(columns - rank)], axis=1)
+        start = jax.lax.cond(first, lambda: draw(columns), begin)
 
         def iterate(_, q):
             return jnp.linalg.qr(gradient @ (gradient.T @ q))[0]
