@@ -74,10 +74,9 @@ def describe(params: optax.Params, tx: optax.GradientTransformation) -> Descript
       w          16 x 8   right  2     16 x 2           matrix
       128 of 928 parameters projected (13.8 %); optimizer state 6,756 bytes, full-rank Adam's 7,428
     """
-    with recording() as plans:
-        state = jax.eval_shape(tx.init, params)
+    plans, state = planned(tx, params)
     adam = jax.eval_shape(optax.scale_by_adam().init, params)
-    return Description(list(plans), tree_bytes(state), tree_bytes(adam))
+    return Description(plans, tree_bytes(state), tree_bytes(adam))
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -126,6 +125,14 @@ def record(plans: list[Any]) -> None:
     recordings = getattr(_local, "recordings", None)
     if recordings:
         recordings[-1].extend(plans)
+
+
+def planned(tx: optax.GradientTransformation, params: Any) -> tuple[list[LeafPlan], Any]:
+    """The plans of all projections in ``tx`` for ``params``, and the shapes of its state."""
+    with recording() as plans:
+        # A function of its own each time: JAX would not run one that it has traced before.
+        state = jax.eval_shape(lambda p: tx.init(p), params)
+    return list(plans), state
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_subspace._bases import LeafBasis, ProjectionState
-from optax_subspace._describe import recording
+from optax_subspace._describe import planned
 from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._projection import compute_dtype, project, to_matrices
 
@@ -57,8 +57,7 @@ def subspace_metrics(
       >>> round(float(metrics.captured_energy), 4), int(metrics.refreshes)
       (1.0, 1)
     """
-    with recording() as plans:
-        jax.eval_shape(tx.init, updates)
+    plans, _ = planned(tx, updates)
     flat, _ = jax.tree_util.tree_flatten_with_path(updates)
     gradients = {path_name(path): leaf for path, leaf in flat}
     is_projection = lambda x: isinstance(x, ProjectionState)

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_subspace._bases import ProjectionState
-from optax_subspace._describe import recording
+from optax_subspace._describe import planned
 from optax_subspace._inner_state import map_leaves
 from optax_subspace._leaves import LeafPlan, path_name
 
@@ -65,8 +65,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
         specs[path_name(path)] = _axes_of(sharding.spec, len(leaf.shape))
     if mesh is None:
         return jax.tree.map(lambda _: None, jax.eval_shape(tx.init, params))
-    with recording() as plans:
-        state = jax.eval_shape(tx.init, params)
+    plans, state = planned(tx, params)
     for plan in plans:
         if plan.projected and any(_batch_axes(plan, specs[plan.path])):
             warnings.warn(

@@ -145,6 +145,12 @@ def test_warnings_name_the_rule_to_add():
         tx.init({"stack": jnp.ones((3, 20, 12))})
 
 
+def test_describe_twice_tells_the_same():
+    params, tx = {"w": jnp.ones((16, 8))}, osub.galore(0.1, 2)
+    assert osub.describe(params, tx) == osub.describe(params, tx)
+    assert len(osub.describe(params, tx).leaves) == 1
+
+
 def test_describe_through_wrappers():
     params = {"w": jnp.ones((20, 12)), "v": jnp.ones((12, 20)), "s": jnp.ones((2, 3, 4))}
     inner = osub.galore(1e-2, rank=4)

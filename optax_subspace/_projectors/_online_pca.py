@@ -27,7 +27,7 @@ def online_pca(
     ``m x m`` matrix is formed.
 
     Args:
-      optimizer: any optax optimizer on ``P``, ``optax.adam(0.1)`` by default; its state has the
+      optimizer: any optax optimizer on ``P``, ``optax.adam(0.06)`` by default; its state has the
         shape of ``P``. Its learning rate may be a constant, a schedule of the basis' steps, or
         tied to that of the weights by :func:`tied_rate`.
       orthogonality: weight :math:`\lambda`; zero in the published code, 0.1 in the paper.
@@ -55,7 +55,7 @@ def online_pca(
     """
     if orthogonality < 0:
         raise ValueError(f"online_pca: orthogonality must not be negative, got {orthogonality}")
-    optimizer = optax.adam(0.1) if optimizer is None else optimizer
+    optimizer = optax.adam(0.06) if optimizer is None else optimizer
 
     def follow(product, basis, state):
         gram = basis.T @ basis

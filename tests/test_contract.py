@@ -1,0 +1,224 @@
+"""Every projector x side x inner transformation on one tree: what all of them must keep to."""
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+
+import optax_subspace as osub
+from tests import trees
+
+PROJECTORS = {
+    "svd": osub.svd(2),
+    "subspace_iteration": osub.subspace_iteration(2),
+    "random_projection": osub.random_projection(2),
+    "online_pca": osub.online_pca(),
+    "history_pca": osub.history_pca(),
+    "oja": osub.oja(),
+    "adaptive": osub.adaptive_period(osub.svd(1)),
+}
+INNER = {
+    "adam": optax.scale_by_adam(),
+    "lion": optax.scale_by_lion(),
+    "trace": optax.trace(0.9, nesterov=True),
+    "adafactor": optax.scale_by_factored_rms(min_dim_size_to_factor=4),
+    "lamb": optax.lamb(0.1),
+}
+SIDES = ["shorter", "longer", "left", "right", "both", "auto"]
+
+
+# Each projector with Adam and each inner transformation with `svd` by default, all pairs if slow.
+PAIRS = [
+    pytest.param(p, i, marks=[] if "adam" in (i, p) or p == "svd" else [pytest.mark.slow])
+    for p in PROJECTORS
+    for i in INNER
+]
+
+
+@pytest.mark.parametrize(("projector", "inner"), PAIRS)
+def test_the_contract(projector, inner):
+    """All sides within one case, as rules: one compilation serves them."""
+    tall, stack = (trees.params()[k] for k in ("tall", "stack"))
+    params, rules = {"bias": trees.params()["bias"]}, []
+    for side in SIDES:
+        params |= {f"{side}_tall": tall, f"{side}_stack": stack}
+        rules.append((f"{side}_stack", osub.MatrixSpec(1, 2, side=side)))
+        rules.append((f"{side}_", osub.MatrixSpec(side=side)))
+    tx = osub.scale_by_subspace(
+        INNER[inner], rank=4, projector=PROJECTORS[projector], rules=rules, stagger=True
+    )
+    options = {"inner": INNER[inner], "projector": PROJECTORS[projector]}
+    plans = {p.path: p for p in osub.plan(params, rules, rank=4, **options)}
+    assert sum(p.projected for p in plans.values()) == 12
+    state = tx.init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.eval_shape(tx.init, params))
+    update, before = jax.jit(tx.update), state
+    gradients = [trees.grads(params, 0.3 * step) for step in range(3)]
+    with trees.counting_compilations() as compilations:
+        for step in range(3):
+            updates, state = update(gradients[step], state, params)
+    assert len(compilations) == 1
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_tree_all_finite((updates, state))
+    for name, plan in plans.items():
+        assert np.any(updates[name]), name
+        if not plan.projected:
+            continue
+        leaf = state.projection.leaves[name]
+        assert tuple(b.shape for b in leaf.bases) == plan.basis_shapes
+        got = np.asarray(updates[name]).reshape(-1, *plan.matrix_shape)
+        assert all(np.linalg.matrix_rank(g, tol=1e-3 * np.abs(g).max()) <= 4 for g in got), name
+    # Nothing but itself moves a leaf: a bad gradient in one changes no other.
+    bad = trees.grads(params, 1.0)
+    good_updates, _ = update(bad, state, params)
+    bad["left_tall"] = bad["left_tall"].at[3, 3].set(jnp.nan)
+    updates, after = update(bad, state, params)
+    assert not np.any(updates.pop("left_tall"))
+    good_updates.pop("left_tall")
+    chex.assert_trees_all_close(updates, good_updates, rtol=1e-6)
+    assert int(after.projection.skipped["left_tall"]) == 1
+    chex.assert_trees_all_equal(
+        after.projection.leaves["left_tall"].bases, state.projection.leaves["left_tall"].bases
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    batch=st.integers(0, 2),
+    rank=st.integers(1, 10),
+    side=st.sampled_from(SIDES),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    name=st.sampled_from(["svd", "history_pca", "subspace_iteration"]),
+)
+def test_any_shape_rank_and_dtype(rows, columns, batch, rank, side, dtype, name):
+    shape = (batch, rows, columns) if batch else (rows, columns)
+    spec = osub.MatrixSpec(len(shape) - 2, len(shape) - 1)
+    gradient = jax.random.normal(jax.random.key(rows), shape).astype(dtype)
+    tx = osub.scale_by_subspace(
+        optax.identity(),
+        rank=rank,
+        side=side,
+        projector=PROJECTORS[name],
+        rules=[("w", spec)],
+    )
+    state = tx.init({"w": gradient})
+    for _ in range(2):
+        updates, state = tx.update({"w": gradient}, state)
+    plan = osub.plan({"w": gradient}, [("w", spec)], rank=rank, side=side)[0]
+    assert plan.projected == (rank < min(rows, columns))
+    assert updates["w"].dtype == dtype and updates["w"].shape == shape
+    norm = lambda x: float(jnp.linalg.norm(x.astype(jnp.float32)))
+    # A projection never grows what it projects, and has no effect on itself.
+    assert norm(updates["w"]) <= 1.01 * norm(gradient)
+    if not plan.projected:
+        np.testing.assert_array_equal(updates["w"], gradient)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_projecting_twice_is_projecting_once(rank):
+    gradient = trees.params()["tall"]
+    tx = osub.scale_by_subspace(optax.identity(), rank=rank, projector=osub.svd(100))
+    once, state = tx.update({"w": gradient}, tx.init({"w": gradient}))
+    twice, _ = tx.update(once, state)
+    np.testing.assert_allclose(twice["w"], once["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_lower_rank_than_the_basis():
+    """The basis stays orthonormal and captures all of the gradient."""
+    u = jnp.outer(jnp.arange(1.0, 21.0), jnp.ones(12))
+    for rule in PROJECTORS.values():
+        tx = osub.scale_by_subspace(optax.identity(), rank=4, projector=rule)
+        state = tx.init({"w": u})
+        for _ in range(3):
+            updates, state = tx.update({"w": u}, state)
+        basis = np.asarray(state.projection.leaves["w"].bases[0])
+        assert np.all(np.isfinite(basis))
+        np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=0.1)
+        if rule is not PROJECTORS["random_projection"]:
+            # The steps of online PCA leave a basis of so few entries this far from orthonormal.
+            np.testing.assert_allclose(updates["w"], u, rtol=0.1, atol=0.05)
+
+
+def test_no_rule_captures_less_than_a_random_basis():
+    """On a gradient with a falling spectrum that turns a little at each step."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (24, 32))
+    gradient = u @ (np.arange(1, 25)[:, None] ** -0.7 * v[:24])
+    captured = {}
+    for name, rule in PROJECTORS.items():
+        tx = osub.scale_by_subspace(optax.identity(), rank=4, projector=rule)
+        state, update = tx.init({"w": jnp.asarray(gradient, jnp.float32)}), jax.jit(tx.update)
+        rng, total = np.random.default_rng(1), []
+        for _ in range(12):
+            noise = 0.05 * rng.standard_normal(gradient.shape)
+            grads = {"w": jnp.asarray(gradient + noise, jnp.float32)}
+            _, state = update(grads, state)
+            total.append(float(osub.subspace_metrics(tx, state, grads)["w"].captured_energy))
+        captured[name] = np.mean(total)
+    worst = captured.pop("random_projection")
+    assert all(energy > 2 * worst for energy in captured.values()), (captured, worst)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("projector", [osub.svd(), osub.online_pca()])
+@pytest.mark.parametrize(
+    "inner", [optax.scale_by_adam(), optax.trace(0.9), optax.scale_by_adam(mu_dtype="bfloat16")]
+)
+def test_auto_takes_the_fewest_bytes_of_all_sides(inner, projector, dtype):
+    params = {k: v for k, v in trees.params().items() if k in ("tall", "wide", "square", "stack")}
+    params["slim"] = jnp.ones((40, 6))
+    settings = {"rank": 5, "projector": projector, "projector_dtype": dtype}
+    settings["rules"] = trees.RULES[:1]
+
+    def described(side):
+        return osub.describe(params, osub.scale_by_subspace(inner, side=side, **settings))
+
+    auto = described("auto")
+    for side in ("shorter", "longer", "left", "right", "both"):
+        assert auto.state_bytes <= described(side).state_bytes
+    assert {p.side for p in auto.leaves} <= {"left", "right", "both"}
+    # Decided leaf by leaf: of `slim` two bases and a 5 x 5 core are more than a basis of one side.
+    assert {p.path: p.side for p in auto.leaves}["slim"] != "both"
+
+
+def test_metrics():
+    params = {k: v for k, v in trees.params().items() if k in ("tall", "stack", "bias")}
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.masked(
+            osub.galore(0.1, 4, every=2, rules=trees.RULES[:1]),
+            {"tall": True, "stack": True, "bias": False},
+        ),
+    )
+    state = tx.init(params)
+    metrics = jax.jit(lambda s, g: osub.subspace_metrics(tx, s, g))
+    fresh = metrics(state, params)
+    assert set(fresh) == {"tall", "stack"}
+    assert not np.any(fresh["tall"].captured_energy) and not np.any(fresh["stack"].refreshes)
+    for step in range(3):
+        grads = trees.grads(params, step)
+        _, state = tx.update(grads, state, params)
+    found = metrics(state, grads)
+    assert found["stack"].captured_energy.shape == (3,)
+    np.testing.assert_array_equal(found["stack"].refreshes, [2, 2, 2])
+    # At a refresh the basis is that of this very gradient.
+    sigma = np.linalg.svd(np.asarray(grads["tall"]), compute_uv=False)
+    best = np.sum(sigma[:4] ** 2) / np.sum(sigma**2)
+    np.testing.assert_allclose(found["tall"].captured_energy, best, rtol=1e-5)
+    assert 0 < found["tall"].drift < 1
+    assert not np.any(metrics(state, jax.tree.map(jnp.zeros_like, grads))["tall"].captured_energy)
+    # Of a basis that is not orthonormal, the span counts.
+    skewed = osub.scale_by_subspace(
+        optax.identity(), rank=2, projector=osub.fixed(jnp.array([[3.0, 3], [0, 1], [0, 0]]))
+    )
+    gradient = {"w": jnp.ones((3, 5))}
+    _, state = skewed.update(gradient, skewed.init(gradient))
+    energy = osub.subspace_metrics(skewed, state, gradient)["w"].captured_energy
+    np.testing.assert_allclose(energy, 2 / 3, rtol=1e-5)
