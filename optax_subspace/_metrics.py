@@ -84,8 +84,14 @@ def captured_energy(gradient: jax.Array, leaf: LeafBasis, plan: LeafPlan) -> jax
     largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True)
     matrices = matrices / jnp.maximum(largest, jnp.finfo(matrices.dtype).tiny)
     started = leaf.refreshes > 0
-    spans = tuple(jnp.linalg.qr(b.astype(matrices.dtype))[0] for b in leaf.bases)
+    spans = tuple(_spans(b.astype(matrices.dtype)) for b in leaf.bases)
     inside = jnp.sum(project(matrices, spans, plan) ** 2, axis=(-2, -1))
     total = jnp.sum(matrices**2, axis=(-2, -1))
     share = jnp.minimum(inside / jnp.where(total > 0, total, 1), 1)
     return jnp.where(started, share, 0).astype(jnp.float32)
+
+
+def _spans(bases: jax.Array) -> jax.Array:
+    """Orthonormal bases of the same spans, one after the other (see ``_refresh.in_slices``)."""
+    stack = bases.reshape(-1, *bases.shape[-2:])
+    return jax.lax.map(lambda basis: jnp.linalg.qr(basis)[0], stack).reshape(bases.shape)

@@ -89,7 +89,6 @@ def refresh(
     batch = due.shape
     flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
     matrices, due = flat(matrices), due.reshape(-1)
-    rank = basis.shape[-1]
 
     def refresh_slice(i, carry: Refreshed):
         take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
@@ -106,20 +105,12 @@ def refresh(
         return Refreshed(
             basis=put(carry.basis, new[0]),
             rule=jax.tree.map(put, carry.rule, new[1]),
-            done=carry.done,
+            done=put(carry.done, True),
             overlap=put(carry.overlap, overlap),
             rotation=None if carry.rotation is None else put(carry.rotation, rotation),
         )
 
-    none = Refreshed(
-        basis=flat(basis),
-        rule=jax.tree.map(flat, state),
-        done=due,
-        overlap=jnp.zeros(due.shape, jnp.float32),
-        rotation=jnp.zeros((*due.shape, rank, rank), matrices.dtype) if rotate else None,
-    )
-    result = in_due_slices(due, refresh_slice, none)
-    return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), result)
+    return in_slices(due, refresh_slice, flat, basis, state, rotate, batch, matrices.dtype)
 
 
 def follow(
@@ -138,26 +129,62 @@ def follow(
     ``G Q`` ``(*batch, m, r)`` on the right.
     """
     assert rule.follow is not None
+    batch = moves.shape
+    flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
+    matrices, coordinates, moves = flat(matrices), flat(coordinates), moves.reshape(-1)
 
-    def follow_slice(moves, matrix, coordinates, basis, state):
+    def follow_slice(i, carry: Refreshed):
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
+        matrix, low, old = take(matrices), take(coordinates), take(carry.basis)
+        state = jax.tree.map(take, carry.rule)
         # Scaled, so that squares neither overflow nor vanish.
-        scale = jnp.maximum(jnp.max(jnp.abs(coordinates)), jnp.finfo(matrix.dtype).tiny)
+        scale = jnp.maximum(jnp.max(jnp.abs(low)), jnp.finfo(matrix.dtype).tiny)
         squared = jnp.sum((matrix / scale) ** 2)
-        moves &= squared > 0
-        product = (
-            matrix @ (coordinates.T / scale)
-            if side == "left"
-            else (matrix.T @ (coordinates / scale))
-        )
+        low = low / scale
+        product = matrix @ low.T if side == "left" else matrix.T @ low
         product = product / jnp.where(squared > 0, squared, 1) / scale
-        new = checked(rule.follow, product, basis, state)
-        new = jax.tree.map(lambda n, o: jnp.where(moves, n, o), new, (basis, state))
-        rotation, overlap = compare(new[0], basis)
-        return Refreshed(new[0], new[1], moves, overlap, rotation if rotate else None)
+        new = checked(rule.follow, product, old, state)
+        moved = squared > 0
+        new = jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, (old, state))
+        rotation, overlap = compare(new[0], old)
+        return Refreshed(
+            basis=put(carry.basis, new[0]),
+            rule=jax.tree.map(put, carry.rule, new[1]),
+            done=put(carry.done, moved),
+            overlap=put(carry.overlap, overlap),
+            rotation=None if carry.rotation is None else put(carry.rotation, rotation),
+        )
 
-    for _ in moves.shape:
-        follow_slice = jax.vmap(follow_slice)
-    return follow_slice(moves, matrices, coordinates, basis, state)
+    return in_slices(moves, follow_slice, flat, basis, state, rotate, batch, matrices.dtype)
+
+
+def in_slices(
+    due: jax.Array,
+    body: Any,
+    flat: Any,
+    basis: jax.Array,
+    state: Any,
+    rotate: bool,
+    batch: tuple[int, ...],
+    dtype: Any,
+) -> Refreshed:
+    """Runs ``body`` on the slices that are due, from bases that nothing has been done to.
+
+    One slice after the other, for rules that follow too: batched, the LAPACK calls of several
+    leaves wait for each other's threads on a CPU with few, and a rule's branches would all be
+    taken.
+    """
+    rank = basis.shape[-1]
+    none = Refreshed(
+        basis=flat(basis),
+        rule=jax.tree.map(flat, state),
+        done=jnp.zeros(due.shape, bool),
+        overlap=jnp.zeros(due.shape, jnp.float32),
+        rotation=jnp.zeros((*due.shape, rank, rank), dtype) if rotate else None,
+    )
+    result = in_due_slices(due, body, none)
+    return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), result)
 
 
 def compare(new: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -89,6 +89,12 @@ def test_a_run_says_and_leaves_what_it_should(reference):
     assert train[-1]["loss"] < train[0]["loss"] - 0.5
     assert all(row["effective_learning_rate"] == row["learning_rate"] * 0.25 for row in train)
     assert [row["step"] for row in rows if row["kind"] == "validation"] == [15, 30]
+    subspaces = [row for row in rows if row["kind"] == "subspace"]
+    # Seven matrices of one layer, a basis at steps 1, 11, 21.
+    assert [(row["step"], row["refreshes"]) for row in subspaces] == [(15, 14), (30, 21)]
+    for row in subspaces:
+        assert 0 < row["captured_energy"] <= 1 and 0 < row["drift"] <= 1 and row["skipped"] == 0
+    assert "of the gradient in the subspaces" in out
     final = rows[-1]
     assert final["kind"] == "final" and final["tokens"] == LAST * 32
     assert final["validation_perplexity"] == pytest.approx(np.exp(final["validation_loss"]))

@@ -16,6 +16,8 @@ def _end(number: int, _: object) -> None:
 
 
 if __name__ == "__main__":
+    # LAPACK's threads, which find bases, would go on spinning beside XLA's.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Before the imports, which take seconds.
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _end)

@@ -25,6 +25,7 @@ from train.step import (
     all_finite,
     init_state,
     make_eval_step,
+    make_subspace_step,
     make_train_step,
 )
 
@@ -106,6 +107,7 @@ class Trainer:
         self.optimizer, self.held_out = optimizer, held_out
         self.train_step = train_step
         self.eval_step = make_eval_step(self.config.model)
+        self.subspace_step = make_subspace_step(self.config.model, optimizer)
         self.finite = jax.jit(all_finite)
         self.files: list[records.Records] = []
 
@@ -120,7 +122,8 @@ class Trainer:
         late = None  # the metrics of the step before: read while the device does the next one
         with Signals(self._interrupted_twice) as signals:
             for step in range(done + 1, steps + 1):
-                state, metrics = self.train_step(state, next(windows))
+                batch = next(windows)
+                state, metrics = self.train_step(state, batch)
                 self._record(late)
                 late = (step, metrics)
                 evaluates = step % config.train.eval_every == 0 and step < steps
@@ -131,7 +134,7 @@ class Trainer:
                     late = None
                     with self.clock.paused():
                         if evaluates:
-                            self._evaluate_part(step, state)
+                            self._evaluate_part(step, state, batch)
                         if saves or signals.received:
                             self._check(step, state)
                             self.metrics.sync()
@@ -189,16 +192,22 @@ class Trainer:
         if not self.finite(state):
             raise DivergedError(self._diverged(step, "a parameter or moment is not finite"))
 
-    def _evaluate_part(self, step: int, state: State) -> None:
+    def _evaluate_part(self, step: int, state: State, batch: Any) -> None:
         loss, tokens = self._evaluate(state, self.config.train.eval_batches)
         if not math.isfinite(loss):
             raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
         row = {"kind": "validation", "step": step, "validation_loss": loss, "scored": tokens}
         self.metrics.write(row)
-        self.screen.say(
+        line = (
             f"step {step:,}: validation loss {loss:.3f}, perplexity {report.perplexity(loss):.1f} "
             f"({tokens:,} tokens)"
         )
+        if self.optimizer.projects:
+            found = self.subspace_step(state, batch)._asdict()
+            row = {k: v.item() for k, v in found.items()}
+            self.metrics.write({"kind": "subspace", "step": step, **row})
+            line += f", {row['captured_energy']:.0%} of the gradient in the subspaces"
+        self.screen.say(line)
 
     def _evaluate(
         self, state: State, most: int | None = None, signals: Signals | None = None

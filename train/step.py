@@ -8,6 +8,7 @@ import optax
 
 from models import llama
 from models.config import LlamaConfig
+from optax_subspace import subspace_metrics
 from train.optimizer import Optimizer
 
 
@@ -48,6 +49,38 @@ def make_train_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
         return State(state.step + 1, params, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+class SubspaceSummary(NamedTuple):
+    """The subspaces of all projected matrices at once, () each."""
+
+    captured_energy: jax.Array  # mean share of a gradient within its basis
+    drift: jax.Array  # mean drift between the last two bases
+    refreshes: jax.Array  # bases found so far, all slices counted
+    skipped: jax.Array  # gradients that were not finite, of projected matrices
+
+
+def make_subspace_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
+    """A jitted function of the state and of windows (B, S + 1), whose gradient is measured."""
+    definition = llama.graphdef(model)
+
+    def loss_fn(params: Any, windows: jax.Array) -> jax.Array:
+        return llama.merge(definition, params).loss(windows[:, :-1], windows[:, 1:])[0]
+
+    def subspace_step(state: State, windows: jax.Array) -> SubspaceSummary:
+        gradients = jax.grad(loss_fn)(state.params, windows)
+        found = subspace_metrics(optimizer.tx, state.opt_state, gradients).values()
+        if not found:
+            return SubspaceSummary(*jnp.zeros(4))
+        join = lambda name: jnp.concatenate([jnp.ravel(getattr(m, name)) for m in found])
+        return SubspaceSummary(
+            jnp.mean(join("captured_energy")),
+            jnp.mean(join("drift")),
+            jnp.sum(join("refreshes")),
+            jnp.sum(join("skipped")),
+        )
+
+    return jax.jit(subspace_step)
 
 
 def make_eval_step(model: LlamaConfig) -> Any:
