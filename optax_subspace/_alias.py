@@ -30,9 +30,9 @@ def galore(
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     projector_dtype: Any = None,
-    stagger: bool = False,
+    stagger: bool | None = None,
     moments: str = "keep",
-    accumulate: int = 1,
+    accumulate: int | None = None,
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -63,8 +63,8 @@ def galore(
       eps: added to the root of the second moment.
       mu_dtype, nu_dtype: dtypes in which the moments are stored, float32 by default.
       projector_dtype: dtype in which the bases are stored, float32 by default.
-      stagger, moments, accumulate: see :func:`scale_by_subspace`; decay and schedule take one step
-        per ``accumulate`` gradients.
+      stagger, moments, accumulate: see :func:`scale_by_subspace`, whose defaults None stands for;
+        decay and schedule take one step per ``accumulate`` gradients.
       weight_decay: decoupled decay :math:`\lambda`, in full space and times the learning rate.
       mask: tree of booleans, or a function from parameters to one: which leaves decay.
 
@@ -105,9 +105,9 @@ def galore(
             scale=scale,
             rules=rules,
             projector_dtype=projector_dtype,
-            stagger=stagger,
+            stagger=bool(stagger),
             moments=moments,
-            accumulate=accumulate,
+            accumulate=1 if accumulate is None else accumulate,
         ),
         learning_rate,
         weight_decay,
@@ -127,7 +127,7 @@ def online_subspace_descent(
     inner: optax.GradientTransformation | None = None,
     projector_dtype: Any = None,
     moments: str = "keep",
-    accumulate: int = 1,
+    accumulate: int | None = None,
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -181,7 +181,7 @@ def online_subspace_descent(
             rules=rules,
             projector_dtype=projector_dtype,
             moments=moments,
-            accumulate=accumulate,
+            accumulate=1 if accumulate is None else accumulate,
         ),
         learning_rate,
         weight_decay,
@@ -195,13 +195,13 @@ def _optimizer(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float,
     mask: Any,
-    accumulate: int,
+    accumulate: int | None,
 ) -> optax.GradientTransformationExtraArgs:
     """Decay in full space, then the learning rate; neither sees a micro-batch that is not last."""
     after: Any = optax.chain(
         optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
     )
-    if accumulate > 1:
+    if accumulate is not None and accumulate > 1:
         is_last = lambda step, **_: step % accumulate == accumulate - 1
         after = optax.transforms.conditionally_mask(after, is_last)
     return optax.chain(subspace, after)

@@ -3,6 +3,7 @@
 import errno
 import signal
 import sys
+import warnings
 from typing import Any
 
 
@@ -84,3 +85,4 @@ def quiet_late_writers() -> None:
             report(unraisable)
 
     sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
