@@ -97,22 +97,19 @@ def galore(
     if inner is None:
         inner = _scale_by_galore_adam(b1, b2, eps, mu_dtype, nu_dtype)
     return _optimizer(
-        scale_by_subspace(
-            inner,
-            rank=rank,
-            projector=projector,
-            side=side,
-            scale=scale,
-            rules=rules,
-            projector_dtype=projector_dtype,
-            stagger=bool(stagger),
-            moments=moments,
-            accumulate=1 if accumulate is None else accumulate,
-        ),
+        inner,
         learning_rate,
         weight_decay,
         mask,
         accumulate,
+        rank=rank,
+        projector=projector,
+        side=side,
+        scale=scale,
+        rules=rules,
+        projector_dtype=projector_dtype,
+        stagger=bool(stagger),
+        moments=moments,
     )
 
 
@@ -172,36 +169,40 @@ def online_subspace_descent(
       (8, 4)
     """
     return _optimizer(
-        scale_by_subspace(
-            optax.scale_by_adam(eps=1e-6) if inner is None else inner,
-            rank=rank,
-            projector=history_pca() if projector is None else projector,
-            side=side,
-            scale=scale,
-            rules=rules,
-            projector_dtype=projector_dtype,
-            moments=moments,
-            accumulate=1 if accumulate is None else accumulate,
-        ),
+        optax.scale_by_adam(eps=1e-6) if inner is None else inner,
         learning_rate,
         weight_decay,
         mask,
         accumulate,
+        rank=rank,
+        projector=history_pca() if projector is None else projector,
+        side=side,
+        scale=scale,
+        rules=rules,
+        projector_dtype=projector_dtype,
+        moments=moments,
     )
 
 
 def _optimizer(
-    subspace: optax.GradientTransformationExtraArgs,
+    inner: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float,
     mask: Any,
     accumulate: int | None,
+    **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Decay in full space, then the learning rate; neither sees a micro-batch that is not last."""
+    """``inner`` in the subspace, decay in full space, then the learning rate.
+
+    The latter two see no micro-batch but the last of each step. (``accumulate`` is None rather than
+    1 by default, since ``optax.inject_hyperparams`` makes arrays of all numbers.)
+    """
+    accumulate = 1 if accumulate is None else accumulate
+    subspace = scale_by_subspace(inner, accumulate=accumulate, **settings)
     after: Any = optax.chain(
         optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
     )
-    if accumulate is not None and accumulate > 1:
+    if accumulate > 1:
         is_last = lambda step, **_: step % accumulate == accumulate - 1
         after = optax.transforms.conditionally_mask(after, is_last)
     return optax.chain(subspace, after)

@@ -19,7 +19,7 @@ from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projection import compute_dtype, project, to_matrices
 from optax_subspace._projectors import Projector, svd
 from optax_subspace._projectors._base import check_count
-from optax_subspace._refresh import Turn, follow, refresh
+from optax_subspace._refresh import Turn, follow, joined, refresh
 
 MOMENTS = ("keep", "project", "reset")
 
@@ -239,8 +239,8 @@ class Subspace:
             refresh(rule, due, matrices, side, basis, state, rotate)
             for side, basis, state in zip(plan.sides, old.bases, old.rule, strict=True)
         ]
-        done, initial = sides[0].done, old.refreshes == 0
-        overlap = jnp.min(jnp.stack([s.overlap for s in sides]), axis=0)
+        done, overlap, turn = joined(sides)
+        initial = old.refreshes == 0
         period = old.period
         if rule.cosine is not None:
             still = ~initial & (overlap >= rule.cosine**2)
@@ -259,10 +259,7 @@ class Subspace:
             refreshes=old.refreshes + done.astype(jnp.int32),
             drift=jnp.where(done & ~initial, 1 - overlap, old.drift),
         )
-        if not turns:
-            return new, None
-        rotations = tuple(s.rotation for s in sides if s.rotation is not None) if rotate else None
-        return new, Turn(done, rotations)
+        return new, turn if turns else None
 
     def _follow_leaf(
         self,
@@ -282,17 +279,13 @@ class Subspace:
             alone = dataclasses.replace(plan, sides=(side,))
             coordinates = low if plan.sides == (side,) else project(matrices, (old,), alone)
             sides.append(follow(rule, moves, matrices, side, coordinates, old, state, rotate))
-        overlap = jnp.min(jnp.stack([s.overlap for s in sides]), axis=0)
+        done, overlap, turn = joined(sides)
         followed = basis._replace(
             bases=tuple(s.basis for s in sides),
             rule=tuple(s.rule for s in sides),
-            drift=jnp.where(sides[0].done, 1 - overlap, basis.drift),
+            drift=jnp.where(done, 1 - overlap, basis.drift),
         )
-        if not rotate:
-            return followed, None
-        return followed, Turn(
-            sides[0].done, tuple(s.rotation for s in sides if s.rotation is not None)
-        )
+        return followed, turn if rotate else None
 
     def _factor(self, plan: LeafPlan, step: jax.Array) -> Any:
         if plan.scale is not None:
@@ -327,6 +320,12 @@ def _offsets(plans: Sequence[LeafPlan]) -> dict[str, np.ndarray]:
         offsets[path] = ((before + size * np.arange(slices)) / total).reshape(batch)
         before += size * slices
     return offsets
+
+
+def plan_of(plans: Sequence[LeafPlan], path: str, leaf: LeafBasis) -> LeafPlan:
+    """The plan that a leaf's bases were made with, of those that several projections made."""
+    shapes = tuple(b.shape for b in leaf.bases)
+    return next(p for p in plans if p.path == path and p.basis_shapes == shapes)
 
 
 def _check_unique(plans: Sequence[LeafPlan]) -> None:

@@ -181,7 +181,8 @@ def scale_by_lion(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtr
     return in_subspace(optax.scale_by_lion(*args, **kwargs))
 
 
-# optax.inject_hyperparams and the help of editors ask for the arguments by name.
+# optax.inject_hyperparams and the help of editors ask for the arguments by name. (Type checkers
+# know no such attribute of a function.)
 scale_by_adam.__signature__ = inspect.signature(optax.scale_by_adam)  # type: ignore[attr-defined]
 scale_by_lion.__signature__ = inspect.signature(optax.scale_by_lion)  # type: ignore[attr-defined]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NoReturn
 
 import jax
@@ -10,6 +11,7 @@ from optax_subspace._leaves import LeafPlan
 from optax_subspace._refresh import Turn
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class LowRankUpdate:
     """One leaf between projection and lift: its low-rank gradient and the way back.
 
@@ -28,35 +30,16 @@ class LowRankUpdate:
       before, after: changes of basis that the moments go through before and after this update.
     """
 
-    __slots__ = (
-        "after",
-        "bases",
-        "before",
-        "dtype_out",
-        "factor",
-        "low",
-        "plan",
-        "rank",
-        "ready",
-        "used",
-    )
-
-    def __init__(
-        self,
-        low: jax.Array,
-        used: jax.Array,
-        ready: jax.Array | None,
-        plan: LeafPlan,
-        factor: Any,
-        dtype_out: Any,
-        rank: int,
-        bases: tuple[jax.Array, ...] = (),
-        before: Turn | None = None,
-        after: Turn | None = None,
-    ):
-        self.low, self.used, self.ready = low, used, ready
-        self.plan, self.factor, self.dtype_out, self.rank = plan, factor, dtype_out, rank
-        self.bases, self.before, self.after = bases, before, after
+    low: jax.Array
+    used: jax.Array
+    ready: jax.Array | None
+    plan: LeafPlan
+    factor: Any
+    dtype_out: Any
+    rank: int
+    bases: tuple[jax.Array, ...] = ()
+    before: Turn | None = None
+    after: Turn | None = None
 
 
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._bases import LeafBasis, ProjectionState
+from optax_subspace._bases import LeafBasis, ProjectionState, plan_of
 from optax_subspace._describe import planned
 from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._projection import compute_dtype, project, to_matrices
@@ -66,10 +66,8 @@ def subspace_metrics(
         if not is_projection(node) or not isinstance(node.leaves, dict):
             continue
         for name, leaf in node.leaves.items():
-            shapes = tuple(b.shape for b in leaf.bases)
-            plan = next(p for p in plans if p.path == name and p.basis_shapes == shapes)
             found[name] = SubspaceMetrics(
-                captured_energy(gradients[name], leaf, plan),
+                captured_energy(gradients[name], leaf, plan_of(plans, name, leaf)),
                 leaf.drift,
                 leaf.refreshes,
                 node.skipped[name],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +66,14 @@ class Turn(NamedTuple):
         return in_due_slices(self.done.reshape(-1), turn_slice, stack).reshape(moment.shape)
 
 
+def joined(sides: Sequence[Refreshed]) -> tuple[jax.Array, jax.Array, Turn]:
+    """Of the sides of a leaf: the slices done, the least overlap, and the moments' turn."""
+    done = sides[0].done
+    rotations = tuple(s.rotation for s in sides if s.rotation is not None)
+    overlap = jnp.min(jnp.stack([s.overlap for s in sides]), axis=0)
+    return done, overlap, Turn(done, rotations or None)
+
+
 def in_due_slices(due: jax.Array, body: Any, carry: Any) -> Any:
     """Runs ``carry = body(i, carry)`` for each ``i`` with ``due[i]``.
 
@@ -86,31 +95,18 @@ def refresh(
     rotate: bool,
 ) -> Refreshed:
     """Applies ``rule.update`` to those slices of ``(*batch, m, n)`` that are due."""
-    batch = due.shape
-    flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
-    matrices, due = flat(matrices), due.reshape(-1)
 
-    def refresh_slice(i, carry: Refreshed):
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
-        gradient, old = take(matrices), jax.tree.map(take, (carry.basis, carry.rule))
-        gradient = gradient if side == "left" else gradient.T
+    def update(arrays, old):
+        due, matrix = arrays
+        gradient = matrix if side == "left" else matrix.T
         # Scaled, so that a rule's squares neither overflow nor vanish.
         tiny = jnp.finfo(gradient.dtype).tiny
         scaled = lambda: gradient / jnp.maximum(jnp.max(jnp.abs(gradient)), tiny)
         # The branch keeps XLA from computing, ahead of the loop and so on every step, whatever the
         # rule needs of a gradient that is the only slice of its leaf.
-        new = jax.lax.cond(take(due), lambda: checked(rule.update, scaled(), *old), lambda: old)
-        rotation, overlap = compare(new[0], old[0])
-        return Refreshed(
-            basis=put(carry.basis, new[0]),
-            rule=jax.tree.map(put, carry.rule, new[1]),
-            done=put(carry.done, True),
-            overlap=put(carry.overlap, overlap),
-            rotation=None if carry.rotation is None else put(carry.rotation, rotation),
-        )
+        return jax.lax.cond(due, lambda: checked(rule.update, scaled(), *old), lambda: old), True
 
-    return in_slices(due, refresh_slice, flat, basis, state, rotate, batch, matrices.dtype)
+    return in_slices(due, update, (due, matrices), (basis, state), rotate)
 
 
 def follow(
@@ -129,56 +125,54 @@ def follow(
     ``G Q`` ``(*batch, m, r)`` on the right.
     """
     assert rule.follow is not None
-    batch = moves.shape
-    flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
-    matrices, coordinates, moves = flat(matrices), flat(coordinates), moves.reshape(-1)
+    step = rule.follow
 
-    def follow_slice(i, carry: Refreshed):
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
-        matrix, low, old = take(matrices), take(coordinates), take(carry.basis)
-        state = jax.tree.map(take, carry.rule)
+    def move(arrays, old):
+        matrix, low = arrays
         # Scaled, so that squares neither overflow nor vanish.
         scale = jnp.maximum(jnp.max(jnp.abs(low)), jnp.finfo(matrix.dtype).tiny)
         squared = jnp.sum((matrix / scale) ** 2)
         low = low / scale
         product = matrix @ low.T if side == "left" else matrix.T @ low
         product = product / jnp.where(squared > 0, squared, 1) / scale
-        new = checked(rule.follow, product, old, state)
+        new = checked(step, product, *old)
         moved = squared > 0
-        new = jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, (old, state))
-        rotation, overlap = compare(new[0], old)
-        return Refreshed(
-            basis=put(carry.basis, new[0]),
-            rule=jax.tree.map(put, carry.rule, new[1]),
-            done=put(carry.done, moved),
-            overlap=put(carry.overlap, overlap),
-            rotation=None if carry.rotation is None else put(carry.rotation, rotation),
-        )
+        return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved
 
-    return in_slices(moves, follow_slice, flat, basis, state, rotate, batch, matrices.dtype)
+    return in_slices(moves, move, (matrices, coordinates), (basis, state), rotate)
 
 
-def in_slices(
-    due: jax.Array,
-    body: Any,
-    flat: Any,
-    basis: jax.Array,
-    state: Any,
-    rotate: bool,
-    batch: tuple[int, ...],
-    dtype: Any,
-) -> Refreshed:
-    """Runs ``body`` on the slices that are due, from bases that nothing has been done to.
+def in_slices(due: jax.Array, rule: Any, arrays: Any, old: Any, rotate: bool) -> Refreshed:
+    """Applies a rule to the slices that are due; all arrays have the batch axes of ``due``.
 
     One slice after the other, for rules that follow too: batched, the LAPACK calls of several
     leaves wait for each other's threads on a CPU with few, and a rule's branches would all be
     taken.
+
+    Args:
+      due: boolean ``(*batch,)``.
+      rule: ``(arrays, (basis, state)) -> ((basis, state), done)`` of one slice.
+      arrays: what the rule reads.
+      old: basis and rule state before.
+      rotate: whether the rotations are wanted.
     """
-    rank = basis.shape[-1]
+    batch = due.shape
+    flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
+    due, arrays, (basis, state) = jax.tree.map(flat, (due, arrays, old))
+    rank, dtype = basis.shape[-1], arrays[-1].dtype
+
+    def body(i, carry: Refreshed):
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
+        before = jax.tree.map(take, (carry.basis, carry.rule))
+        after, done = rule(jax.tree.map(take, arrays), before)
+        rotation, overlap = compare(after[0], before[0])
+        new = Refreshed(after[0], after[1], done, overlap, rotation if rotate else None)
+        return jax.tree.map(put, carry, new)
+
     none = Refreshed(
-        basis=flat(basis),
-        rule=jax.tree.map(flat, state),
+        basis=basis,
+        rule=state,
         done=jnp.zeros(due.shape, bool),
         overlap=jnp.zeros(due.shape, jnp.float32),
         rotation=jnp.zeros((*due.shape, rank, rank), dtype) if rotate else None,

@@ -10,7 +10,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_subspace._bases import ProjectionState
+from optax_subspace._bases import ProjectionState, plan_of
 from optax_subspace._describe import planned
 from optax_subspace._inner_state import map_leaves
 from optax_subspace._leaves import LeafPlan, path_name
@@ -75,9 +75,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
                 stacklevel=2,
             )
     names = [path_name(path) for path, _ in flat]
-    by_path: dict[str, list[LeafPlan]] = {}
-    for plan in plans:
-        by_path.setdefault(plan.path, []).append(plan)
+    full_shapes = {path_name(path): leaf.shape for path, leaf in flat}
 
     def named(axes: tuple[_Axes, ...] = ()) -> NamedSharding:
         while axes and axes[-1] is None:
@@ -87,20 +85,18 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
 
     def of_array(name: str, x: Any) -> NamedSharding:
         """An array that belongs to a parameter: of its shape, of its subspace's, or of another."""
-        for plan in by_path.get(name, ()):
-            if plan.projected and x.shape == plan.low_shape:
+        for plan in plans:
+            if plan.path == name and plan.projected and x.shape == plan.low_shape:
                 rows, columns = _matrix_axes(plan, specs[name])
                 rows = None if "left" in plan.sides else rows
                 columns = None if "right" in plan.sides else columns
                 return named((*_batch_axes(plan, specs[name]), rows, columns))
-        full = next((leaf.shape for path, leaf in flat if path_name(path) == name), None)
-        return named(specs[name]) if x.shape == full else named()
+        return named(specs[name]) if x.shape == full_shapes[name] else named()
 
     def of_projection(node: ProjectionState) -> Any:
         leaves = {}
         for name, leaf in node.leaves.items():
-            shapes = tuple(b.shape for b in leaf.bases)
-            plan = next(p for p in by_path[name] if p.basis_shapes == shapes)
+            plan = plan_of(plans, name, leaf)
             batch = _batch_axes(plan, specs[name])
             sides = dict(zip(("left", "right"), _matrix_axes(plan, specs[name]), strict=True))
             bases = tuple(named((*batch, sides[s], None)) for s in plan.sides)

@@ -111,7 +111,7 @@ def test_projected_momentum_keeps_what_both_subspaces_share():
 
     rule = osub.Projector(lambda *_: (), update, every=2)
     tx = osub.scale_by_subspace(optax.trace(0.9), rank=4, projector=rule, moments="project")
-    state, still = tx.init(params), None
+    state = tx.init(params)
     fixed = osub.scale_by_subspace(optax.trace(0.9), rank=4, projector=osub.fixed(first))
     still = fixed.init(params)
     for step in range(3):

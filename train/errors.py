@@ -75,7 +75,7 @@ def quiet_late_writers() -> None:
 
     When one file of a checkpoint can't be written, Orbax ends its event loop while TensorStore
     still writes others. Each of those then reports that the loop is closed, as an error that nobody
-    can catch, around the one line that says what happened.
+    can catch, around the one line that says what happened, or was not begun, as a warning.
     """
     report = sys.unraisablehook
 
