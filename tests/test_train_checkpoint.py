@@ -272,7 +272,7 @@ def test_memory_by_hand():
     size["vocab_size"] = 100
     config, tx, shapes = state_shapes("galore", **size)
     windows = jax.ShapeDtypeStruct((4, 17), jnp.int32)
-    predicted = memory.predict(shapes, windows)
+    predicted = memory.predict(shapes, windows, step.make_loss(config))
     d, f, v, layers, r = 32, 48, 100, 2, 8
     kernels = layers * (4 * d * d + 3 * d * f)
     others = 2 * v * d + layers * 2 * d + d
@@ -286,7 +286,10 @@ def test_memory_by_hand():
     assert 0 <= predicted.optimizer_state - exact < 400  # counters
     assert predicted.batch == 4 * 17 * 4 + 4
     compiled = step.make_train_step(config, tx).lower(shapes, windows).compile()
-    measured = memory.measure(compiled)
+    measured = memory.measure(compiled, shapes)
+    assert measured.weights == predicted.weights
+    assert measured.optimizer_state == pytest.approx(predicted.optimizer_state, rel=0.02)
+    assert measured.batch == pytest.approx(predicted.batch, abs=64)
     assert measured.arguments == pytest.approx(predicted.arguments, rel=0.02)
     # The state is donated: all of it is updated in place.
     state_bytes = predicted.arguments - 4 * 17 * 4
@@ -294,9 +297,35 @@ def test_memory_by_hand():
     assert measured.temporaries > 0 and measured.total < 10 * predicted.arguments
 
 
+def test_activations_by_hand():
+    """Two products and a tanh keep the input of each product and the tanh's own output."""
+    params = {"a": jax.ShapeDtypeStruct((5, 7), jnp.float32)}
+    params["b"] = jax.ShapeDtypeStruct((7, 3), jnp.float32)
+    windows = jax.ShapeDtypeStruct((11, 5), jnp.float32)
+    state = step.State(jax.ShapeDtypeStruct([], jnp.int32), params, ())
+    loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["a"]) @ params["b"])
+    found = memory.predict(state, windows, loss).activations
+    # tanh's output y (11, 7), and its derivative's factors in the same shape.
+    assert 11 * 7 * 4 <= found <= 3 * 11 * 7 * 4
+
+
+def test_predicted_temporaries_are_near_the_compilers():
+    """At a size where activations are most of them; recomputing blocks keeps fewer."""
+    config, tx, shapes = state_shapes("galore", num_layers=3)
+    windows = jax.ShapeDtypeStruct((8, 129), jnp.int32)
+    predicted = memory.predict(shapes, windows, step.make_loss(config))
+    compiled = step.make_train_step(config, tx).lower(shapes, windows).compile()
+    measured = memory.measure(compiled, shapes)
+    assert predicted.temporaries == pytest.approx(measured.temporaries, rel=0.15)
+    rematerialised = step.make_loss(dataclasses.replace(config, remat=True))
+    fewer = memory.predict(shapes, windows, rematerialised)
+    assert fewer.activations < predicted.activations / 4
+
+
 def test_memory_of_adamw_is_adamws():
-    _, _, shapes = state_shapes("adamw", num_layers=1)
-    predicted = memory.predict(shapes, jax.ShapeDtypeStruct((1, 3), jnp.int32))
+    config, _, shapes = state_shapes("adamw", num_layers=1)
+    windows = jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    predicted = memory.predict(shapes, windows, step.make_loss(config))
     assert predicted.optimizer_state == predicted.adamw_state
 
 

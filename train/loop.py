@@ -25,6 +25,7 @@ from train.step import (
     all_finite,
     init_state,
     make_eval_step,
+    make_loss,
     make_subspace_step,
     make_train_step,
 )
@@ -64,7 +65,8 @@ def run(command: Command) -> None:
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
     train_step = make_train_step(config.model, optimizer).lower(shapes, batch).compile()
-    report.print_memory(screen, memory.predict(shapes, batch), memory.measure(train_step))
+    predicted = memory.predict(shapes, batch, make_loss(config.model))
+    report.print_memory(screen, predicted, memory.measure(train_step, shapes))
 
     place, lock = place.open(command)
     checkpoints = Checkpoints(
@@ -120,7 +122,7 @@ class Trainer:
         self.clock = Clock(config.train.batch_size * config.train.sequence_length)
         self.screen.start(steps, done)
         late = None  # the metrics of the step before: read while the device does the next one
-        with Signals(self._interrupted_twice) as signals:
+        with Signals(self._interrupted_again) as signals:
             for step in range(done + 1, steps + 1):
                 batch = next(windows)
                 state, metrics = self.train_step(state, batch)
@@ -254,7 +256,7 @@ class Trainer:
     def _how_to_resume(self, step: int) -> str:
         return f"the checkpoint of step {step} is saved; go on with: {self._resume_line()}"
 
-    def _interrupted_twice(self) -> str:
+    def _interrupted_again(self) -> str:
         saved = self.checkpoints.steps()
         if not saved:
             return "no checkpoint was saved before the last interruption"

@@ -1,10 +1,12 @@
 """Memory of a training step by part: predicted from shapes, and as the compiler lays it out."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.extend.core import Var
 
 from train.step import State
 
@@ -17,6 +19,7 @@ class Predicted(NamedTuple):
 
     weights: int
     gradients: int  # one full tree in the weights' dtypes
+    activations: int  # kept for the backward pass; a block that is recomputed is not counted
     optimizer_state: int
     adamw_state: int  # what full-rank AdamW would keep for the same weights
     batch: int  # the windows of one step and the step counter
@@ -26,14 +29,31 @@ class Predicted(NamedTuple):
         """What the compiled step takes: weights, optimizer state and batch."""
         return self.weights + self.optimizer_state + self.batch
 
+    @property
+    def temporaries(self) -> int:
+        """What it holds beside them: gradients and activations."""
+        return self.gradients + self.activations
+
+    @property
+    def total(self) -> int:
+        """The peak of a step if nothing is held twice."""
+        return self.arguments + self.temporaries
+
 
 class Measured(NamedTuple):
-    """Bytes that the compiled step uses, from `compiled.memory_analysis()`."""
+    """Bytes on the device, from `compiled.memory_analysis()`."""
 
+    weights: int
+    optimizer_state: int
     arguments: int
     outputs: int
     shared: int  # outputs that reuse the memory of donated arguments
     temporaries: int  # gradients, activations, updates, projections
+
+    @property
+    def batch(self) -> int:
+        """The arguments that are neither weights nor optimizer state."""
+        return self.arguments - self.weights - self.optimizer_state
 
     @property
     def total(self) -> int:
@@ -41,28 +61,51 @@ class Measured(NamedTuple):
         return self.arguments + self.outputs - self.shared + self.temporaries
 
 
-def predict(state: State, windows: Any) -> Predicted:
-    """Bytes by part; `state` and `windows` may be shapes only."""
+def predict(state: State, windows: Any, loss_fn: Callable[[Any, Any], Any]) -> Predicted:
+    """Bytes by part; `state` and `windows` may be shapes only.
+
+    `loss_fn` is the function of parameters and windows that the step differentiates.
+    """
     return Predicted(
         weights=tree_bytes(state.params),
         gradients=tree_bytes(state.params),
+        activations=_saved_bytes(loss_fn, state.params, windows),
         optimizer_state=tree_bytes(state.opt_state),
         adamw_state=tree_bytes(jax.eval_shape(_ADAMW.init, state.params)),
         batch=tree_bytes((windows, state.step)),
     )
 
 
-def measure(compiled: Any) -> Measured | None:
-    """The compiler's figures, or None where it gives none."""
+def measure(compiled: Any, state: State) -> Measured | None:
+    """The compiler's figures for a step and for the state's parts, or None if it gives none."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
+
+    def laid_out(tree: Any) -> int:
+        # A program that only takes the tree: its arguments are the tree as the device lays it out.
+        alone = jax.jit(lambda tree: None, keep_unused=True).lower(tree).compile()
+        parts = alone.memory_analysis()
+        assert parts is not None  # as for the step
+        return parts.argument_size_in_bytes
+
     return Measured(
+        weights=laid_out(state.params),
+        optimizer_state=laid_out(state.opt_state),
         arguments=analysis.argument_size_in_bytes,
         outputs=analysis.output_size_in_bytes,
         shared=analysis.alias_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
     )
+
+
+def _saved_bytes(loss_fn: Callable[[Any, Any], Any], params: Any, windows: Any) -> int:
+    """Bytes of all that `jax.vjp` of the loss keeps, the parameters and the batch apart."""
+    traced = jax.make_jaxpr(
+        lambda params, windows: jax.vjp(lambda params: loss_fn(params, windows), params)
+    )(params, windows).jaxpr
+    saved = {out for out in traced.outvars if isinstance(out, Var)} - set(traced.invars)
+    return tree_bytes([out.aval for out in saved])
 
 
 def tree_bytes(tree: Any) -> int:

@@ -26,22 +26,28 @@ def print_projection(screen: Screen, optimizer: Optimizer, params: Any) -> None:
 def print_memory(screen: Screen, predicted: Predicted, measured: Measured | None) -> None:
     """The table of memory, predicted and as compiled."""
     share = predicted.optimizer_state / predicted.adamw_state
-    arguments = "" if measured is None else mebibytes(measured.arguments)
-    temporaries = "" if measured is None else mebibytes(measured.temporaries)
-    total = "" if measured is None else mebibytes(measured.total)
+
+    def row(part: str, name: str, note: str = "") -> list[str]:
+        compiled = getattr(measured, name, None)
+        return [
+            part,
+            mebibytes(getattr(predicted, name)),
+            "" if compiled is None else mebibytes(compiled),
+            note,
+        ]
+
     rows = [
-        ["weights", mebibytes(predicted.weights), "", ""],
-        [
+        row("weights", "weights"),
+        row(
             "optimizer state",
-            mebibytes(predicted.optimizer_state),
-            "",
+            "optimizer_state",
             f"AdamW's would be {mebibytes(predicted.adamw_state)} (this is {share:.1%})",
-        ],
-        ["batch and counter", mebibytes(predicted.batch), "", ""],
-        ["= arguments of a step", mebibytes(predicted.arguments), arguments, ""],
-        ["gradients, one full tree", mebibytes(predicted.gradients), "", "part of temporaries"],
-        ["temporaries", "", temporaries, "gradients, activations, updates, projections"],
-        ["= peak of a step", "", total, ""],
+        ),
+        row("batch and counter", "batch"),
+        row("gradients", "gradients", "one full tree"),
+        row("activations", "activations", "kept for the backward pass"),
+        row("temporaries", "temporaries", "gradients, activations and, compiled, all other work"),
+        row("= peak of a step", "total"),
     ]
     screen.say("")
     screen.table("Memory of a step:", ["part", "predicted", "compiled", ""], rows)

@@ -1,5 +1,6 @@
 """One training step, one evaluation step, and the state between steps."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,12 +35,17 @@ def init_state(model: LlamaConfig, optimizer: Optimizer, key: jax.Array) -> Stat
     return State(jnp.zeros([], jnp.int32), params, optimizer.tx.init(params))
 
 
+def make_loss(model: LlamaConfig) -> Callable[[Any, jax.Array], jax.Array]:
+    """A function of parameters and windows (B, S + 1): mean nats a token, ()."""
+    definition = llama.graphdef(model)
+    return lambda params, windows: llama.merge(definition, params).loss(
+        windows[:, :-1], windows[:, 1:]
+    )[0]
+
+
 def make_train_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
     """A jitted function of the state, which is donated, and of windows (B, S + 1) int32."""
-    definition = llama.graphdef(model)
-
-    def loss_fn(params: Any, windows: jax.Array) -> jax.Array:
-        return llama.merge(definition, params).loss(windows[:, :-1], windows[:, 1:])[0]
+    loss_fn = make_loss(model)
 
     def train_step(state: State, windows: jax.Array) -> tuple[State, Metrics]:
         loss, gradients = jax.value_and_grad(loss_fn)(state.params, windows)
@@ -62,10 +68,7 @@ class SubspaceSummary(NamedTuple):
 
 def make_subspace_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
     """A jitted function of the state and of windows (B, S + 1), whose gradient is measured."""
-    definition = llama.graphdef(model)
-
-    def loss_fn(params: Any, windows: jax.Array) -> jax.Array:
-        return llama.merge(definition, params).loss(windows[:, :-1], windows[:, 1:])[0]
+    loss_fn = make_loss(model)
 
     def subspace_step(state: State, windows: jax.Array) -> SubspaceSummary:
         gradients = jax.grad(loss_fn)(state.params, windows)
