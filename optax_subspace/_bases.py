@@ -236,7 +236,7 @@ class Subspace:
         turns = rule.every is not None and self.moments != "keep"
         rotate = turns and self.moments == "project"
         sides = [
-            refresh(rule, due, matrices, side, basis, state, rotate)
+            refresh(rule, plan, due, matrices, side, basis, state, rotate)
             for side, basis, state in zip(plan.sides, old.bases, old.rule, strict=True)
         ]
         done, overlap, turn = joined(sides)
@@ -278,7 +278,7 @@ class Subspace:
         for side, old, state in zip(plan.sides, basis.bases, basis.rule, strict=True):
             alone = dataclasses.replace(plan, sides=(side,))
             coordinates = low if plan.sides == (side,) else project(matrices, (old,), alone)
-            sides.append(follow(rule, moves, matrices, side, coordinates, old, state, rotate))
+            sides.append(follow(rule, plan, moves, matrices, side, coordinates, old, state, rotate))
         done, overlap, turn = joined(sides)
         followed = basis._replace(
             bases=tuple(s.basis for s in sides),

@@ -53,6 +53,10 @@ class MatrixSpec:
       side: one of ``shorter``, ``longer``, ``left``, ``right``, ``both``, ``auto``.
       scale: factor on this leaf's lifted update.
       projector: rule that finds and follows this leaf's basis.
+      batch_split: the number of devices that the batch axes are split over, in their order: an int
+        for one, ``(1, 8)`` for a stack ``(L, E, ...)`` of experts whose ``E`` is split over eight.
+        Projectors work on the slices of a leaf one after the other, and so on those of different
+        devices at once, where they are. 1 for a batch that is not split.
 
     Example:
       >>> MatrixSpec(reduction_axis=1, output_axis=(2, 3)).output_axis  # (L, d, heads, head_dim)
@@ -65,12 +69,15 @@ class MatrixSpec:
     side: str | None = None
     scale: float | None = None
     projector: Projector | None = None
+    batch_split: Sequence[int] | int = 1
 
     def __post_init__(self):
         if self.rank is not None:
             check_count("rank", self.rank)
         if self.side is not None:
             check_side(self.side)
+        for devices in _as_tuple(self.batch_split):
+            check_count("batch_split", devices)
 
 
 Rules = Sequence[tuple[str, "DimensionNumbers | None"]]
@@ -89,6 +96,7 @@ class LeafPlan:
       rank: the rank of the subspace, 0 if left alone.
       batch, reduction, output: axes of the leaf.
       scale, projector: overrides by a rule, ``None`` for the transformation's own.
+      batch_split: the devices that each batch axis is split over.
       wants_rule: the leaf could be projected, and is not for want of a rule.
     """
 
@@ -103,6 +111,7 @@ class LeafPlan:
     output: tuple[int, ...] = ()
     scale: float | None = None
     projector: Projector | None = None
+    batch_split: tuple[int, ...] = ()
     wants_rule: bool = False
 
     @property
@@ -216,6 +225,7 @@ def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
     reduction, output = _axes(path, shape, spec)
     batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
     override = spec if isinstance(spec, MatrixSpec) else MatrixSpec()
+    split = _batch_split(path, tuple(shape[a] for a in batch), override.batch_split)
     rank = override.rank or rank
     m = math.prod(shape[a] for a in reduction)
     n = math.prod(shape[a] for a in output)
@@ -233,7 +243,27 @@ def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
         output=output,
         scale=override.scale,
         projector=override.projector,
+        batch_split=split,
     )
+
+
+def _batch_split(path, batch_shape, split) -> tuple[int, ...]:
+    """The devices of each batch axis."""
+    devices = _as_tuple(split)
+    if all(d == 1 for d in devices):
+        return (1,) * len(batch_shape)
+    if len(devices) != len(batch_shape) or any(
+        size % d for size, d in zip(batch_shape, devices, strict=True)
+    ):
+        raise ValueError(
+            f"parameter {path} has batch axes of sizes {batch_shape}: batch_split={split} of its "
+            "rule must give for each of them a number that divides it"
+        )
+    return devices
+
+
+def _as_tuple(value: Sequence[int] | int) -> tuple[int, ...]:
+    return (int(value),) if isinstance(value, int | np.integer) else tuple(value)
 
 
 def _sides(side: str, m: int, n: int) -> tuple[str, ...]:
@@ -248,7 +278,7 @@ def _sides(side: str, m: int, n: int) -> tuple[str, ...]:
 
 def _axes(path, shape, spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     def normalize(axis):
-        axes = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
+        axes = _as_tuple(axis)
         for a in axes:
             if not -len(shape) <= a < len(shape):
                 raise ValueError(

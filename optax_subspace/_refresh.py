@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,17 +54,18 @@ class Turn(NamedTuple):
             return jnp.where(self.done[..., None, None], 0, moment)
         rotations = self.rotations
 
-        def turn_slice(i, moments):
-            new = jax.lax.dynamic_index_in_dim(moments, i, keepdims=False)
-            for side, rotation in zip(plan.sides, flat, strict=True):
-                weights = jax.lax.dynamic_index_in_dim(rotation, i, keepdims=False)
-                weights = weights**2 if squared else weights
-                new = weights @ new if side == "left" else new @ weights.T
-            return jax.lax.dynamic_update_index_in_dim(moments, new.astype(moments.dtype), i, 0)
+        def turn_all(done, rotations, moment):
+            def turn_slice(i, moments):
+                new = jax.lax.dynamic_index_in_dim(moments, i, keepdims=False)
+                for side, rotation in zip(plan.sides, rotations, strict=True):
+                    weights = jax.lax.dynamic_index_in_dim(rotation, i, keepdims=False)
+                    weights = weights**2 if squared else weights
+                    new = weights @ new if side == "left" else new @ weights.T
+                return jax.lax.dynamic_update_index_in_dim(moments, new.astype(moments.dtype), i, 0)
 
-        flat = [r.reshape(-1, *r.shape[-2:]) for r in rotations]
-        stack = moment.reshape(-1, *moment.shape[-2:])
-        return in_due_slices(self.done.reshape(-1), turn_slice, stack).reshape(moment.shape)
+            return in_due_slices(done, turn_slice, moment)
+
+        return over_slices(turn_all, plan, self.done, rotations, moment)
 
 
 def joined(sides: Sequence[Refreshed]) -> tuple[jax.Array, jax.Array, Turn]:
@@ -72,6 +74,37 @@ def joined(sides: Sequence[Refreshed]) -> tuple[jax.Array, jax.Array, Turn]:
     rotations = tuple(s.rotation for s in sides if s.rotation is not None)
     overlap = jnp.min(jnp.stack([s.overlap for s in sides]), axis=0)
     return done, overlap, Turn(done, rotations or None)
+
+
+def over_slices(function: Any, plan: LeafPlan, *arrays: Any) -> Any:
+    """Calls a function of arrays whose first axis counts the slices of a leaf.
+
+    ``arrays`` and what is returned have the leaf's batch axes instead. Slices on different devices
+    (``batch_split``) are worked on at once, each where it is.
+    """
+    parts = [(d, size // d) for d, size in zip(plan.batch_split, plan.batch_shape, strict=True)]
+    devices = [d for d, _ in parts]
+    k = len(parts)
+
+    def group(x):  # (d1 s1, d2 s2, ...) to (d1, d2, s1 s2, ...)
+        rest = x.shape[k:]
+        x = x.reshape(*(size for part in parts for size in part), *rest)
+        x = x.transpose(*range(0, 2 * k, 2), *range(1, 2 * k, 2), *range(2 * k, x.ndim))
+        return x.reshape(*devices, -1, *rest)
+
+    def ungroup(x):
+        rest = x.shape[k + 1 :]
+        x = x.reshape(*devices, *(size for _, size in parts), *rest)
+        x = x.transpose(*(i + j for i in range(k) for j in (0, k)), *range(2 * k, x.ndim))
+        return x.reshape(*plan.batch_shape, *rest)
+
+    if math.prod(devices) == 1:
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[k:]), arrays)
+        result = function(*flat)
+        return jax.tree.map(lambda x: x.reshape(*plan.batch_shape, *x.shape[1:]), result)
+    for _ in devices:
+        function = jax.vmap(function)
+    return jax.tree.map(ungroup, function(*jax.tree.map(group, arrays)))
 
 
 def in_due_slices(due: jax.Array, body: Any, carry: Any) -> Any:
@@ -87,6 +120,7 @@ def in_due_slices(due: jax.Array, body: Any, carry: Any) -> Any:
 
 def refresh(
     rule: Projector,
+    plan: LeafPlan,
     due: jax.Array,
     matrices: jax.Array,
     side: str,
@@ -106,11 +140,12 @@ def refresh(
         # rule needs of a gradient that is the only slice of its leaf.
         return jax.lax.cond(due, lambda: checked(rule.update, scaled(), *old), lambda: old), True
 
-    return in_slices(due, update, (due, matrices), (basis, state), rotate)
+    return in_slices(plan, due, update, (due, matrices), (basis, state), rotate)
 
 
 def follow(
     rule: Projector,
+    plan: LeafPlan,
     moves: jax.Array,
     matrices: jax.Array,
     side: str,
@@ -139,46 +174,50 @@ def follow(
         moved = squared > 0
         return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved
 
-    return in_slices(moves, move, (matrices, coordinates), (basis, state), rotate)
+    return in_slices(plan, moves, move, (matrices, coordinates), (basis, state), rotate)
 
 
-def in_slices(due: jax.Array, rule: Any, arrays: Any, old: Any, rotate: bool) -> Refreshed:
-    """Applies a rule to the slices that are due; all arrays have the batch axes of ``due``.
+def in_slices(
+    plan: LeafPlan, due: jax.Array, rule: Any, arrays: Any, old: Any, rotate: bool
+) -> Refreshed:
+    """Applies a rule to the slices that are due; all arrays have the leaf's batch axes.
 
     One slice after the other, for rules that follow too: batched, the LAPACK calls of several
     leaves wait for each other's threads on a CPU with few, and a rule's branches would all be
     taken.
 
     Args:
+      plan: the leaf's.
       due: boolean ``(*batch,)``.
       rule: ``(arrays, (basis, state)) -> ((basis, state), done)`` of one slice.
       arrays: what the rule reads.
       old: basis and rule state before.
       rotate: whether the rotations are wanted.
     """
-    batch = due.shape
-    flat = lambda x: x.reshape(-1, *x.shape[len(batch) :])
-    due, arrays, (basis, state) = jax.tree.map(flat, (due, arrays, old))
-    rank, dtype = basis.shape[-1], arrays[-1].dtype
 
-    def body(i, carry: Refreshed):
-        take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
-        before = jax.tree.map(take, (carry.basis, carry.rule))
-        after, done = rule(jax.tree.map(take, arrays), before)
-        rotation, overlap = compare(after[0], before[0])
-        new = Refreshed(after[0], after[1], done, overlap, rotation if rotate else None)
-        return jax.tree.map(put, carry, new)
+    def apply_rule(due, arrays, old):
+        basis, state = old
+        rank, dtype = basis.shape[-1], jax.tree.leaves(arrays)[-1].dtype
 
-    none = Refreshed(
-        basis=basis,
-        rule=state,
-        done=jnp.zeros(due.shape, bool),
-        overlap=jnp.zeros(due.shape, jnp.float32),
-        rotation=jnp.zeros((*due.shape, rank, rank), dtype) if rotate else None,
-    )
-    result = in_due_slices(due, body, none)
-    return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), result)
+        def body(i, carry: Refreshed):
+            take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+            put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
+            before = jax.tree.map(take, (carry.basis, carry.rule))
+            after, done = rule(jax.tree.map(take, arrays), before)
+            rotation, overlap = compare(after[0], before[0])
+            new = Refreshed(after[0], after[1], done, overlap, rotation if rotate else None)
+            return jax.tree.map(put, carry, new)
+
+        none = Refreshed(
+            basis=basis,
+            rule=state,
+            done=jnp.zeros(due.shape, bool),
+            overlap=jnp.zeros(due.shape, jnp.float32),
+            rotation=jnp.zeros((*due.shape, rank, rank), dtype) if rotate else None,
+        )
+        return in_due_slices(due, body, none)
+
+    return over_slices(apply_rule, plan, due, arrays, old)
 
 
 def compare(new: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:

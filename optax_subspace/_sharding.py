@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_subspace._bases import ProjectionState, plan_of
+from optax_subspace._bases import LeafBasis, ProjectionState, plan_of
 from optax_subspace._describe import planned
 from optax_subspace._inner_state import map_leaves
 from optax_subspace._leaves import LeafPlan, path_name
@@ -23,11 +24,11 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
 
     Bases are split along the projected axis as the weight is, moments along the other one, batch
     axes as the weight's, and the rank axis never. So each device projects and lifts its own part;
-    a step moves at most a low-rank gradient between devices, and no full weight or gradient. (Two
-    exceptions: ``svd`` of a gradient that is split along its shorter side gathers that one matrix
-    at its refresh, which ``subspace_iteration`` does not; and a stack that is split along a batch
-    axis is gathered, of which a warning tells.) What
-    belongs to no parameter, such as a counter, is on every device.
+    a step moves at most a low-rank gradient between devices, and no full weight or gradient. (One
+    exception: ``svd`` of a gradient that is split along its shorter side gathers that one matrix
+    at its refresh, which ``subspace_iteration`` does not.) A leaf that is split along a batch axis
+    needs ``batch_split`` in its rule, or it is gathered at each step, of which a warning tells.
+    What belongs to no parameter, such as a counter, is on every device.
 
     Args:
       tx: any transformation, with or without projections of this library in it.
@@ -67,10 +68,13 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
         return jax.tree.map(lambda _: None, jax.eval_shape(tx.init, params))
     plans, state = planned(tx, params)
     for plan in plans:
-        if plan.projected and any(_batch_axes(plan, specs[plan.path])):
+        batch = _batch_axes(plan, specs[plan.path])
+        devices = tuple(math.prod(mesh.shape[name] for name in axes or ()) for axes in batch)
+        if plan.projected and any(s % d for s, d in zip(plan.batch_split, devices, strict=True)):
             warnings.warn(
                 f"parameter {plan.path} is split along its batch axes {plan.batch}, over which "
-                "projectors loop: each step gathers its gradient. Split rows or columns instead",
+                "projectors loop: each step gathers its gradient. Give its rule "
+                f"MatrixSpec(..., batch_split={devices})",
                 UserWarning,
                 stacklevel=2,
             )
@@ -93,19 +97,21 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
                 return named((*_batch_axes(plan, specs[name]), rows, columns))
         return named(specs[name]) if x.shape == full_shapes[name] else named()
 
+    def of_basis(plan: LeafPlan, leaf: LeafBasis) -> LeafBasis:
+        batch = _batch_axes(plan, specs[plan.path])
+        sides = dict(zip(("left", "right"), _matrix_axes(plan, specs[plan.path]), strict=True))
+
+        def of_rule(state: Any, basis: Any, sharding: NamedSharding) -> Any:
+            like_basis = lambda x: x.shape == basis.shape
+            return jax.tree.map(lambda x: sharding if like_basis(x) else named(batch), state)
+
+        bases = tuple(named((*batch, sides[s], None)) for s in plan.sides)
+        rule = tuple(map(of_rule, leaf.rule, leaf.bases, bases))
+        rest = jax.tree.map(lambda _: named(batch), leaf._replace(bases=(), rule=()))
+        return rest._replace(bases=bases, rule=rule)
+
     def of_projection(node: ProjectionState) -> Any:
-        leaves = {}
-        for name, leaf in node.leaves.items():
-            plan = plan_of(plans, name, leaf)
-            batch = _batch_axes(plan, specs[name])
-            sides = dict(zip(("left", "right"), _matrix_axes(plan, specs[name]), strict=True))
-            bases = tuple(named((*batch, sides[s], None)) for s in plan.sides)
-            rule = tuple(
-                jax.tree.map(lambda x, b=b, h=h: h if x.shape == b.shape else named(), r)
-                for r, b, h in zip(leaf.rule, leaf.bases, bases, strict=True)
-            )
-            rest = jax.tree.map(lambda _: named(), leaf._replace(bases=(), rule=()))
-            leaves[name] = rest._replace(bases=bases, rule=rule)
+        leaves = {n: of_basis(plan_of(plans, n, leaf), leaf) for n, leaf in node.leaves.items()}
         shardings: Any = {
             "steps": named(),
             "leaves": leaves,

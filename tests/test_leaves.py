@@ -128,6 +128,12 @@ def test_bad_rules():
         MatrixSpec(side="up")
     with pytest.raises(ValueError, match="rank"):
         MatrixSpec(rank=-1)
+    with pytest.raises(ValueError, match="batch_split must be at least 1"):
+        MatrixSpec(batch_split=0)
+    stack = {"w": (6, 20, 12)}
+    for split in (4, (2, 3)):
+        with pytest.raises(ValueError, match=r"w has batch axes of sizes \(6,\): batch_split="):
+            plans(stack, [("w", MatrixSpec(1, 2, batch_split=split))])
 
 
 def test_warnings_name_the_rule_to_add():

@@ -258,3 +258,26 @@ def test_bases_do_not_depend_on_the_gradients_scale(rule, scale):
         _, other = update(jax.tree.map(lambda g: scale * g, grads), other)
     basis = lambda state: state.projection.leaves["w"].bases[0]
     np.testing.assert_allclose(basis(one), basis(other), atol=2e-3)
+
+
+@pytest.mark.parametrize("rule", [osub.subspace_iteration(3), osub.history_pca()])
+def test_batch_split_changes_the_order_of_work_alone(rule):
+    """Over two batch axes, with staggered refreshes, turned moments and a slice of zeros."""
+    gradients = jax.random.normal(jax.random.key(0), (6, 2, 6, 10, 8)).at[:, 1, 4].set(0)
+    final = []
+    for split in (1, (2, 3)):
+        spec = osub.MatrixSpec(2, 3, batch_split=split)
+        tx = osub.scale_by_subspace(
+            optax.scale_by_adam(eps=1e-3),
+            rank=3,
+            projector=rule,
+            rules=[("w", spec)],
+            stagger=True,
+            moments="project",
+        )
+        state, total, update = tx.init({"w": gradients[0]}), 0, jax.jit(tx.update)
+        for gradient in gradients:
+            updates, state = update({"w": gradient}, state)
+            total += updates["w"]
+        final.append((total, state))
+    chex.assert_trees_all_close(*final, atol=1e-3)
