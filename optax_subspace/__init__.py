@@ -2,6 +2,7 @@
 
 from optax_subspace._alias import galore, online_subspace_descent
 from optax_subspace._bases import LeafBasis, ProjectionState
+from optax_subspace._blocks import Layout, Quantized, dequantize, quantize
 from optax_subspace._chaining import (
     InSubspaceState,
     in_subspace,
@@ -25,6 +26,8 @@ from optax_subspace._projectors import (
     svd,
     tied_rate,
 )
+from optax_subspace._quantize import QuantizedState, quantize_state
+from optax_subspace._rounding import QuantizedWeight, apply_updates, quantize_weights
 from optax_subspace._sharding import state_shardings
 from optax_subspace._subspace import SubspaceState, scale_by_subspace
 
@@ -33,14 +36,20 @@ __version__ = "0.1.0"
 __all__ = [
     "Description",
     "InSubspaceState",
+    "Layout",
     "LeafBasis",
     "LeafPlan",
     "MatrixSpec",
     "ProjectionState",
     "Projector",
+    "Quantized",
+    "QuantizedState",
+    "QuantizedWeight",
     "SubspaceMetrics",
     "SubspaceState",
     "adaptive_period",
+    "apply_updates",
+    "dequantize",
     "describe",
     "fixed",
     "galore",
@@ -50,6 +59,9 @@ __all__ = [
     "online_pca",
     "online_subspace_descent",
     "plan",
+    "quantize",
+    "quantize_state",
+    "quantize_weights",
     "random_projection",
     "scale_by_adam",
     "scale_by_lion",

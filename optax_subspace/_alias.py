@@ -62,7 +62,8 @@ def galore(
       b1, b2: decay rates of the first and second moment.
       eps: added to the root of the second moment.
       mu_dtype, nu_dtype: dtypes in which the moments are stored, float32 by default.
-      projector_dtype: dtype in which the bases are stored, float32 by default.
+      projector_dtype: how the bases are stored, in float32 by default; see
+        :func:`scale_by_subspace`.
       stagger, moments, accumulate: see :func:`scale_by_subspace`, whose defaults None stands for;
         decay and schedule take one step per ``accumulate`` gradients.
       weight_decay: decoupled decay :math:`\lambda`, in full space and times the learning rate.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_subspace._blocks import dequantize, storage_of, zeros
 from optax_subspace._describe import record, warn_about_rules
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan, Rules, check_side
@@ -30,7 +31,8 @@ class LeafBasis(NamedTuple):
     """The subspace of one projected leaf. Every field has the leaf's batch axes in front.
 
     Attributes:
-      bases: one basis per side: ``(*batch, m, r)`` left, ``(*batch, n, r)`` right.
+      bases: one basis per side: ``(*batch, m, r)`` left, ``(*batch, n, r)`` right; an array, or a
+        :class:`Quantized` node if ``projector_dtype`` is a code.
       rule: the projector's own state per side.
       age: int32 ``(*batch,)``, gradients used since the first basis; zero before it.
       due: int32 ``(*batch,)``, the age at which the projector's ``update`` comes next.
@@ -40,7 +42,7 @@ class LeafBasis(NamedTuple):
         between the last two bases; zero before there are two.
     """
 
-    bases: tuple[jax.Array, ...]
+    bases: tuple[Any, ...]
     rule: tuple[Any, ...]
     age: jax.Array
     due: jax.Array
@@ -96,7 +98,8 @@ class Subspace:
         self.rank, self.side, self.scale, self.rules = rank, side, scale, rules
         self.projector, self.inner = projector, inner
         self.stagger, self.moments, self.accumulate, self.seed = stagger, moments, accumulate, seed
-        self.projector_dtype = None if projector_dtype is None else jnp.dtype(projector_dtype)
+        self.projector_dtype = projector_dtype
+        storage_of(projector_dtype)  # raises for what is none
 
     def plan(self, tree: Any) -> list[LeafPlan]:
         return plan_tree(
@@ -144,10 +147,11 @@ class Subspace:
             keys = jax.random.split(jax.random.fold_in(key, number), slices)
             state = jax.vmap(lambda k, m=m, n=n: rule.init(k, m, n, plan.rank))(keys)
             states.append(jax.tree.map(lambda x: x.reshape(plan.batch_shape + x.shape[1:]), state))
-        dtype = self.projector_dtype or compute_dtype(plan.dtype)
+        storage = storage_of(self.projector_dtype) or compute_dtype(plan.dtype)
+        batch = len(plan.batch)
         per_slice = lambda value, dtype: jnp.full(plan.batch_shape, value, dtype)
         return LeafBasis(
-            bases=tuple(jnp.zeros(shape, dtype) for shape in plan.basis_shapes),
+            bases=tuple(zeros(shape, storage, batch) for shape in plan.basis_shapes),
             rule=tuple(states),
             age=per_slice(0, jnp.int32),
             due=per_slice(0, jnp.int32),
@@ -180,7 +184,7 @@ class Subspace:
                 basis, before = self._refresh_leaf(
                     matrices, plan, old, offsets.get(plan.path), first
                 )
-                bases = tuple(_after(b, low_before) for b in basis.bases)
+                bases = tuple(_after(dequantize(b), low_before) for b in basis.bases)
                 projected = low = project(matrices, bases, plan)
                 low_before = low
             if last is not None:

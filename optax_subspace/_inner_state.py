@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_subspace._blocks import dequantize, is_quantized, quantize
 from optax_subspace._leaves import LeafPlan
 from optax_subspace._refresh import Turn
 
 # The fields in which optax and its contrib package keep squares of gradients.
-_SECOND_MOMENTS = frozenset({"nu", "nu_max", "v", "sum_of_squares"})
+SECOND_MOMENTS = frozenset({"nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"})
 
 
 def map_leaves(
@@ -93,14 +94,16 @@ def keep_skipped(
     """
 
     def by_leaf(index, path, new_part, old_part):
-        choose = lambda n, o: jnp.where(used[index], n, o).astype(o.dtype)
+        choose = lambda n, o: as_before(jnp.where(used[index], n, o), o)
         return jax.tree.map(choose, new_part, old_part)
 
     def of_tree(new_part, old_part):
         if ready is not None:
             new_part = jnp.where(ready, new_part, old_part)
-        return new_part.astype(old_part.dtype)
+        return as_before(new_part, old_part)
 
+    # (Random keys have a dtype that nothing can be cast to.)
+    as_before = lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype)
     return map_leaves(by_leaf, of_tree, structure, new, old)
 
 
@@ -120,11 +123,13 @@ def turn_moments(
             return part
 
         def on_array(inner_path, x):
+            if is_quantized(x):
+                return quantize(on_array(inner_path, dequantize(x)), x.layout)
             if x.shape != plan.low_shape or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
             names = {getattr(key, "name", None) for key in (*path, *inner_path)}
-            return turn.apply(x, plan, squared=bool(names & _SECOND_MOMENTS))
+            return turn.apply(x, plan, squared=bool(names & SECOND_MOMENTS))
 
-        return jax.tree_util.tree_map_with_path(on_array, part)
+        return jax.tree_util.tree_map_with_path(on_array, part, is_leaf=is_quantized)
 
     return map_leaves(by_leaf, lambda part: part, structure, state)

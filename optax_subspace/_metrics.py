@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_subspace._bases import LeafBasis, ProjectionState, plan_of
+from optax_subspace._blocks import dequantize
 from optax_subspace._describe import planned
 from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._projection import compute_dtype, project, to_matrices
@@ -82,7 +83,7 @@ def captured_energy(gradient: jax.Array, leaf: LeafBasis, plan: LeafPlan) -> jax
     largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True)
     matrices = matrices / jnp.maximum(largest, jnp.finfo(matrices.dtype).tiny)
     started = leaf.refreshes > 0
-    spans = tuple(_spans(b.astype(matrices.dtype)) for b in leaf.bases)
+    spans = tuple(_spans(dequantize(b).astype(matrices.dtype)) for b in leaf.bases)
     inside = jnp.sum(project(matrices, spans, plan) ** 2, axis=(-2, -1))
     total = jnp.sum(matrices**2, axis=(-2, -1))
     share = jnp.minimum(inside / jnp.where(total > 0, total, 1), 1)

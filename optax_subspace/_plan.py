@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from optax_subspace._blocks import storage_of, zeros
 from optax_subspace._inner_state import bytes_by_leaf, tree_bytes
 from optax_subspace._leaves import (
     LeafPlan,
@@ -54,7 +54,7 @@ def plan(
         gradient than one side alone: ``longer`` has the fewest bytes of one side.
       projector, inner, projector_dtype: what ``auto`` counts the bytes of: the rule's own state,
         that of the transformation in the subspace (``optax.scale_by_adam()`` by default), and the
-        bases in this dtype (that of the arithmetic by default).
+        bases in this dtype or code (the arithmetic's dtype by default).
 
     Returns:
       One :class:`LeafPlan` per leaf, in the order of ``jax.tree.leaves(params)``.
@@ -106,10 +106,11 @@ def _with_fewest_bytes(
 
 def _projection_bytes(plan: LeafPlan, projector: Projector | None, dtype: Any) -> int:
     """Bytes of a leaf's bases and of its projector's own state."""
-    itemsize = jnp.dtype(dtype or compute_dtype(plan.dtype)).itemsize
+    storage = storage_of(dtype) or compute_dtype(plan.dtype)
     total = 0
     for side, shape in zip(plan.sides, plan.basis_shapes, strict=True):
-        total += math.prod(shape) * itemsize
+        basis = lambda shape=shape: zeros(shape, storage, len(plan.batch))
+        total += tree_bytes(jax.eval_shape(basis))
         if projector is not None:
             m, n = plan.matrix_shape if side == "left" else plan.matrix_shape[::-1]
             one = lambda key, m=m, n=n: projector.init(key, m, n, plan.rank)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from optax_subspace._blocks import dequantize
 from optax_subspace._leaves import LeafPlan
 
 
@@ -26,27 +29,28 @@ def from_matrices(matrices: jax.Array, plan: LeafPlan) -> jax.Array:
     return transposed.transpose([axes.index(i) for i in range(len(axes))])
 
 
-def project(matrices: jax.Array, bases: tuple[jax.Array, ...], plan: LeafPlan) -> jax.Array:
+def project(matrices: jax.Array, bases: tuple[Any, ...], plan: LeafPlan) -> jax.Array:
     """Coordinates of ``(*batch, m, n)`` in the subspace: ``P^T G``, ``G Q`` or ``P^T G Q``.
 
-    GaLore (Zhao et al., 2024), equation 4 and algorithm 2. The result has ``plan.low_shape``.
+    GaLore (Zhao et al., 2024), equation 4 and algorithm 2. Bases are arrays or
+    :class:`Quantized`. The result has ``plan.low_shape``.
     """
     dtype = compute_dtype(matrices.dtype)
     low = matrices.astype(dtype)
     for side, basis in zip(plan.sides, bases, strict=True):
         if side == "left":
-            low = jnp.einsum("...mr,...mn->...rn", basis.astype(dtype), low)
+            low = jnp.einsum("...mr,...mn->...rn", dequantize(basis).astype(dtype), low)
         else:
-            low = jnp.einsum("...mn,...nr->...mr", low, basis.astype(dtype))
+            low = jnp.einsum("...mn,...nr->...mr", low, dequantize(basis).astype(dtype))
     return low
 
 
-def lift(low: jax.Array, bases: tuple[jax.Array, ...], plan: LeafPlan) -> jax.Array:
+def lift(low: jax.Array, bases: tuple[Any, ...], plan: LeafPlan) -> jax.Array:
     """The way back to ``(*batch, m, n)``: ``P R``, ``R Q^T`` or ``P R Q^T``."""
     full = low
     for side, basis in zip(plan.sides, bases, strict=True):
         if side == "left":
-            full = jnp.einsum("...mr,...rn->...mn", basis.astype(low.dtype), full)
+            full = jnp.einsum("...mr,...rn->...mn", dequantize(basis).astype(low.dtype), full)
         else:
-            full = jnp.einsum("...mr,...nr->...mn", full, basis.astype(low.dtype))
+            full = jnp.einsum("...mr,...nr->...mn", full, dequantize(basis).astype(low.dtype))
     return full

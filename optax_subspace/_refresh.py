@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_subspace._blocks import dequantize, is_quantized, quantize
 from optax_subspace._leaves import LeafPlan
 from optax_subspace._projectors import Projector
 
@@ -26,7 +27,7 @@ class Refreshed(NamedTuple):
         for.
     """
 
-    basis: jax.Array
+    basis: Any
     rule: Any
     done: jax.Array
     overlap: jax.Array
@@ -124,7 +125,7 @@ def refresh(
     due: jax.Array,
     matrices: jax.Array,
     side: str,
-    basis: jax.Array,
+    basis: Any,
     state: Any,
     rotate: bool,
 ) -> Refreshed:
@@ -150,7 +151,7 @@ def follow(
     matrices: jax.Array,
     side: str,
     coordinates: jax.Array,
-    basis: jax.Array,
+    basis: Any,
     state: Any,
     rotate: bool,
 ) -> Refreshed:
@@ -204,7 +205,7 @@ def in_slices(
             put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
             before = jax.tree.map(take, (carry.basis, carry.rule))
             after, done = rule(jax.tree.map(take, arrays), before)
-            rotation, overlap = compare(after[0], before[0])
+            rotation, overlap = compare(dequantize(after[0]), dequantize(before[0]))
             new = Refreshed(after[0], after[1], done, overlap, rotation if rotate else None)
             return jax.tree.map(put, carry, new)
 
@@ -233,12 +234,16 @@ def compare(new: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
     return rotation, jnp.minimum(overlap, 1).astype(jnp.float32)
 
 
-def checked(rule: Any, array: jax.Array, basis: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+def checked(rule: Any, array: jax.Array, basis: Any, state: Any) -> tuple[Any, Any]:
     """Applies a rule's function in the arithmetic's dtype and stores in the state's."""
-    new_basis, new_state = rule(array, basis.astype(array.dtype), state)
+    new_basis, new_state = rule(array, dequantize(basis).astype(array.dtype), state)
     if new_basis.shape != basis.shape:
         raise ValueError(
             f"the projector returned a basis of shape {new_basis.shape}, expected {basis.shape}"
         )
-    store = lambda new, old: jnp.asarray(new, old.dtype)
-    return store(new_basis, basis), jax.tree.map(store, new_state, state)
+    as_before = lambda new, old: jnp.asarray(new, old.dtype)
+    if is_quantized(basis):
+        new_basis = quantize(new_basis, basis.layout)
+    else:
+        new_basis = as_before(new_basis, basis)
+    return new_basis, jax.tree.map(as_before, new_state, state)

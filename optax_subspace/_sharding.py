@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_subspace._bases import LeafBasis, ProjectionState, plan_of
+from optax_subspace._blocks import Quantized, is_quantized, parts_of
 from optax_subspace._describe import planned
 from optax_subspace._inner_state import map_leaves
 from optax_subspace._leaves import LeafPlan, path_name
@@ -87,26 +89,46 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
         entries = [a[0] if a is not None and len(a) == 1 else a for a in axes]
         return NamedSharding(mesh, PartitionSpec(*entries))
 
-    def of_array(name: str, x: Any) -> NamedSharding:
+    def of_stored(x: Any, axes: tuple[_Axes, ...]) -> Any:
+        """An array that is split so, or the blocks of one."""
+        if not is_quantized(x):
+            return named(axes)
+        whole = _block_axes(x, axes, lambda a: math.prod(mesh.shape[name] for name in a or ()))
+        if whole is None:
+            warnings.warn(
+                f"an array of shape {x.shape} is split over {axes}, and its blocks are not: each "
+                "device keeps all of it. Give quantize_state(..., shards=) the number of devices",
+                UserWarning,
+                stacklevel=2,
+            )
+            whole = ()
+        codes, scales = named(whole), named(whole[: x.scales.ndim])
+        return type(x)(codes, scales, x.slice_shape, x.dtype, x.layout)
+
+    def of_array(name: str, x: Any) -> Any:
         """An array that belongs to a parameter: of its shape, of its subspace's, or of another."""
         for plan in plans:
             if plan.path == name and plan.projected and x.shape == plan.low_shape:
                 rows, columns = _matrix_axes(plan, specs[name])
                 rows = None if "left" in plan.sides else rows
                 columns = None if "right" in plan.sides else columns
-                return named((*_batch_axes(plan, specs[name]), rows, columns))
-        return named(specs[name]) if x.shape == full_shapes[name] else named()
+                return of_stored(x, (*_batch_axes(plan, specs[name]), rows, columns))
+        return of_stored(x, specs[name] if x.shape == full_shapes[name] else ())
 
     def of_basis(plan: LeafPlan, leaf: LeafBasis) -> LeafBasis:
         batch = _batch_axes(plan, specs[plan.path])
         sides = dict(zip(("left", "right"), _matrix_axes(plan, specs[plan.path]), strict=True))
 
-        def of_rule(state: Any, basis: Any, sharding: NamedSharding) -> Any:
-            like_basis = lambda x: x.shape == basis.shape
-            return jax.tree.map(lambda x: sharding if like_basis(x) else named(batch), state)
+        def of_rule(state: Any, basis: Any, side: str) -> Any:
+            of_basis_shape = lambda x: x.shape == basis.shape
+            like_basis = named((*batch, sides[side], None))
+            return jax.tree.map(lambda x: like_basis if of_basis_shape(x) else named(batch), state)
 
-        bases = tuple(named((*batch, sides[s], None)) for s in plan.sides)
-        rule = tuple(map(of_rule, leaf.rule, leaf.bases, bases))
+        bases = tuple(
+            of_stored(b, (*batch, sides[s], None))
+            for b, s in zip(leaf.bases, plan.sides, strict=True)
+        )
+        rule = tuple(map(of_rule, leaf.rule, leaf.bases, plan.sides))
         rest = jax.tree.map(lambda _: named(batch), leaf._replace(bases=(), rule=()))
         return rest._replace(bases=bases, rule=rule)
 
@@ -123,7 +145,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     def of_part(name: str | None, part: Any) -> Any:
         if isinstance(part, _Boxed):
             return of_projection(part.node)
-        return jax.tree.map(lambda x: named() if name is None else of_array(name, x), part)
+        one = lambda x: of_stored(x, ()) if name is None else of_array(name, x)
+        return jax.tree.map(one, part, is_leaf=is_quantized)
 
     # A projection's state is no inner state: kept out of the search for parts like the parameters.
     is_projection = lambda x: isinstance(x, ProjectionState)
@@ -143,6 +166,22 @@ class _Boxed:
     """A node that tree functions take for a leaf."""
 
     node: ProjectionState
+
+
+def _block_axes(
+    x: Quantized, axes: tuple[_Axes, ...], devices: Callable[[_Axes], int]
+) -> tuple[_Axes, ...] | None:
+    """How codes and scales are split if the array is split over ``axes``; None if they can't be."""
+    axes = axes + (None,) * (len(x.shape) - len(axes))
+    batch, own = axes[: x.batch], axes[x.batch :]
+    parts = parts_of(x.slice_shape, x.layout.shards)
+    if all(k % devices(a) == 0 for k, a in zip(parts, own, strict=True)):
+        return (*batch, *(a for k, a in zip(parts, own, strict=True) if k > 1))
+    # Rows are consecutive, so that parts of them are blocks.
+    rows_alone = all(k == 1 for k in parts) and not any(own[1:])
+    if rows_alone and math.prod(x.slice_shape) % (devices(own[0]) * x.layout.block) == 0:
+        return (*batch, own[0])
+    return None
 
 
 def _axes_of(spec: PartitionSpec, ndim: int) -> tuple[_Axes, ...]:

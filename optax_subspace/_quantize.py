@@ -1,0 +1,162 @@
+"""The state of any transformation, stored in 8 or 4 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_subspace._bases import ProjectionState
+from optax_subspace._blocks import Layout, dequantize, is_quantized, quantize
+from optax_subspace._codes import code_of
+from optax_subspace._inner_state import SECOND_MOMENTS
+from optax_subspace._leaves import path_name
+from optax_subspace._projectors._base import check_count
+
+
+class QuantizedState(NamedTuple):
+    """State of :func:`quantize_state`.
+
+    Attributes:
+      inner: the inner transformation's state, with :class:`Quantized` nodes for its large arrays.
+      key: for stochastic rounding; None without.
+    """
+
+    inner: optax.OptState
+    key: jax.Array | None
+
+
+def quantize_state(
+    inner: optax.GradientTransformation,
+    code: str = "dynamic",
+    *,
+    rules: Sequence[tuple[str, str | None]] | None = None,
+    block: int = 256,
+    min_size: int = 4096,
+    shards: int = 1,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Stores the arrays of ``inner``'s state in 8 or 4 bits between its updates.
+
+    At each update the arrays are decoded, ``inner`` is updated, and they are encoded again. Real
+    floating-point arrays of ``min_size`` values or more are stored so; counters, random keys and
+    the bases of a projection (which have a ``projector_dtype`` of their own) stay as they are.
+
+    Args:
+      inner: any optax transformation, :func:`scale_by_subspace` or a member of a chain after
+        :func:`subspace_project` among them.
+      code: ``dynamic`` (the non-linear map of 8-bit Adam), ``linear``, ``float8_e4m3fn``,
+        ``float8_e5m2``, or with 4 bits ``dynamic4``, ``linear4``. Second moments (``nu``, ``v``)
+        take its unsigned form. The linear codes round small second moments to zero, after which
+        the steps grow without bound: they serve for first moments.
+      rules: ``(regex, code)`` pairs on the paths of the state, first match wins; None as a code
+        leaves the array as it is.
+      block: number of values that share a float32 scale, a power of two.
+      min_size: smaller arrays stay as they are.
+      shards: number of devices that an axis may be split over; blocks keep to the parts.
+      stochastic_rounding: draw between the two nearest codes such that the mean is kept.
+      seed: seed of these draws.
+
+    Returns:
+      A transformation with state :class:`QuantizedState`.
+
+    Raises:
+      ValueError: the code is unknown, or ``block`` no power of two.
+      TypeError: at ``init``, a rule gives a code to an array of integers or keys.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = quantize_state(optax.scale_by_adam())
+      >>> state = tx.init({"w": jnp.ones((64, 128))})
+      >>> state.inner.mu["w"].codes.shape, state.inner.mu["w"].codes.dtype.name
+      ((32, 256), 'uint8')
+
+    References:
+      Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+      <https://arxiv.org/abs/2110.02861>`_, 2021, sections 2.1 and 2.2.
+    """
+    inner = optax.with_extra_args_support(inner)
+    default = Layout(code, True, block, shards)
+    compiled = [(re.compile(pattern), rule) for pattern, rule in rules or ()]
+    for _, rule in compiled:
+        if rule is not None:
+            code_of(rule)
+    check_count("min_size", min_size, 0)
+
+    def init_fn(params):
+        state = inner.init(params)
+        matched: set[str] = set()
+
+        def store(path, x):
+            layout = _layout(path, x, default, compiled, min_size, matched)
+            return x if layout is None else quantize(x, layout)
+
+        stored = jax.tree_util.tree_map_with_path(store, state, is_leaf=_stays)
+        for pattern, _ in compiled:
+            if pattern.pattern not in matched and jax.tree.leaves(params):
+                paths = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
+                warnings.warn(
+                    f"quantize_state: the rule {pattern.pattern!r} matches no array of the state, "
+                    f"whose paths are like {paths[-1] if paths else ''!r}",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        key = jax.random.key(seed) if stochastic_rounding else None
+        return QuantizedState(stored, key)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        updates, new = inner.update(updates, dequantize(state.inner), params, **extra_args)
+        key = state.key
+        keys = iter(())
+        if key is not None:
+            count = sum(map(is_quantized, jax.tree.leaves(state.inner, is_leaf=is_quantized)))
+            key, *rest = jax.random.split(key, 1 + count)
+            keys = iter(rest)
+
+        def store(old, x):
+            return quantize(x, old.layout, next(keys, None)) if is_quantized(old) else x
+
+        stored = jax.tree.map(store, state.inner, new, is_leaf=is_quantized)
+        return updates, QuantizedState(stored, key)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _stays(node: Any) -> bool:
+    return isinstance(node, ProjectionState)
+
+
+def _layout(
+    path: Any,
+    x: Any,
+    default: Layout,
+    rules: Sequence[tuple[re.Pattern[str], str | None]],
+    min_size: int,
+    matched: set[str],
+) -> Layout | None:
+    """How an array of the state is stored; None if it stays as it is."""
+    name = path_name(path)
+    fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+    code: str | None = default.code
+    for pattern, rule in rules:
+        if pattern.search(name):
+            matched.add(pattern.pattern)
+            if rule is not None and not fits:
+                raise TypeError(
+                    f"quantize_state: the rule {pattern.pattern!r} gives a code to {name}, "
+                    f"which holds {getattr(x, 'dtype', type(x).__name__)}: only real "
+                    "floating-point arrays can be quantized"
+                )
+            code = rule
+            break
+    if code is None or not fits or x.size < min_size:
+        return None
+    signed = not any(getattr(key, "name", None) in SECOND_MOMENTS for key in path)
+    return dataclasses.replace(default, code=code, signed=signed)
