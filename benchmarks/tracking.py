@@ -74,6 +74,8 @@ def track(
     basis = jnp.zeros((rows, rank))
     state = rule.init(keys[2], rows, columns, rank)
     best = jnp.sum(sizes[:rank] ** 2)
+    matrix = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+    plan = osub.plan(matrix, rank=rank, side="left")[0]
 
     def directions(t):
         now = planes[(t >= jump).astype(jnp.int32)]
@@ -97,7 +99,7 @@ def track(
         )
         if rule.follow is not None:
             followed = _refresh.follow(
-                rule, t % every != 0, gradient, "left", new[0].T @ gradient, *new, False
+                rule, plan, t % every != 0, gradient, "left", new[0].T @ gradient, *new, False
             )
             new = followed.basis, followed.rule
         span = jnp.linalg.qr(new[0])[0]

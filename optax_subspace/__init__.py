@@ -1,6 +1,12 @@
 """Subspace optimizers for JAX: GaLore and its kin as composable optax transformations."""
 
-from optax_subspace._alias import galore, online_subspace_descent
+from optax_subspace._alias import (
+    adamw8bit,
+    galore,
+    galore_adamw8bit,
+    online_subspace_adamw8bit,
+    online_subspace_descent,
+)
 from optax_subspace._bases import LeafBasis, ProjectionState
 from optax_subspace._blocks import Layout, Quantized, dequantize, quantize
 from optax_subspace._chaining import (
@@ -47,16 +53,19 @@ __all__ = [
     "QuantizedWeight",
     "SubspaceMetrics",
     "SubspaceState",
+    "adamw8bit",
     "adaptive_period",
     "apply_updates",
     "dequantize",
     "describe",
     "fixed",
     "galore",
+    "galore_adamw8bit",
     "history_pca",
     "in_subspace",
     "oja",
     "online_pca",
+    "online_subspace_adamw8bit",
     "online_subspace_descent",
     "plan",
     "quantize",

@@ -23,8 +23,8 @@ class Refreshed(NamedTuple):
       done: boolean ``(*batch,)``, the slices that have a new basis.
       overlap: float32 ``(*batch,)``, mean squared cosine of the principal angles between the old
         and the new basis, where ``done``.
-      rotation: ``P'^T P`` of shape ``(*batch, r, r)``, zero where not ``done``; None if not asked
-        for.
+      rotation: ``P'^T P`` of shape ``(*batch, r, r)``, what the coordinates of the old basis are
+        multiplied with, zero where not ``done``; None if not asked for.
     """
 
     basis: Any
@@ -224,13 +224,17 @@ def in_slices(
 def compare(new: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``P'^T P`` and, as float32, the mean squared cosine of the principal angles of two bases.
 
-    The latter is exact for orthonormal columns, at most 1, and zero if a basis is.
+    The latter is exact for orthonormal columns, at most 1, and zero if a basis is. Of a basis that
+    is not quite orthonormal, as that of online PCA, the coordinates ``P^T G`` belong to
+    ``P (P^T P)^-1``: without the inverse (here its first two terms) moments that are turned at
+    every step would grow or fade with the lengths of the columns.
     """
     dtype = jnp.promote_types(new.dtype, jnp.float32)
     new, old = new.astype(dtype), old.astype(dtype)
     rotation = new.T @ old
     norms = jnp.sum(new**2) * jnp.sum(old**2)
     overlap = jnp.sum(rotation**2) * new.shape[1] / jnp.where(norms > 0, norms, 1)
+    rotation = 2 * rotation - rotation @ (old.T @ old)
     return rotation, jnp.minimum(overlap, 1).astype(jnp.float32)
 
 

@@ -9,25 +9,39 @@ from typing import Literal
 from models.config import LlamaConfig
 from train.errors import UsageError
 
-Side = Literal["shorter", "longer", "left", "right", "both"]
+Side = Literal["shorter", "longer", "left", "right", "both", "auto"]
+Code = Literal["dynamic", "linear", "float8_e4m3fn", "float8_e5m2", "dynamic4", "linear4"]
+Storage = Literal["float32", "bfloat16"] | Code
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule."""
 
-    name: Literal["galore", "adamw"] = "galore"
-    """galore: Adam in a low-rank subspace of each gradient; adamw: the full-rank baseline"""
+    name: Literal[
+        "galore",
+        "galore_adamw8bit",
+        "online_subspace_descent",
+        "online_subspace_adamw8bit",
+        "adamw",
+        "adamw8bit",
+    ] = "galore"
+    """galore: Adam in a low-rank subspace of each gradient; online_subspace_descent: in one that
+    follows every gradient; adamw: the full-rank baseline; 8bit: with moments in 8 bits"""
     learning_rate: float | None = None
-    """Peak of the schedule; None is the optimizer's own, 0.01 for galore and 0.003 for adamw"""
+    """Peak of the schedule; None is the optimizer's own, 0.003 for adamw and 0.01 in a subspace"""
     rank: int = 32
-    """galore: dimension of the subspace"""
+    """In a subspace: its dimension"""
     every: int = 50
     """galore: steps from one projector to the next"""
     scale: float = 0.25
-    """galore: factor on the projected update; learning_rate x scale is the effective rate"""
+    """In a subspace: factor on the lifted update; learning_rate x scale is the effective rate"""
     side: Side = "shorter"
-    """galore: side of each matrix that is projected"""
+    """In a subspace: side of each matrix that is projected"""
+    projector_dtype: Storage = "float32"
+    """In a subspace: how the bases are stored; 4 and 8 bits have a scale for each 256 values"""
+    code: Code = "dynamic"
+    """8bit: how the moments are stored"""
     b1: float = 0.9
     """Decay of the first moment"""
     b2: float = 0.999
@@ -44,10 +58,18 @@ class OptimizerConfig:
     """Learning rate at the end of the cosine, as a share of the peak"""
 
 
-# Fields that one optimizer alone reads: giving them to another one is refused.
-READ_BY = {name: ("galore",) for name in ("rank", "every", "scale", "side")}
+GALORE = ("galore", "galore_adamw8bit")
+SUBSPACE = (*GALORE, "online_subspace_descent", "online_subspace_adamw8bit")
+EIGHT_BIT = ("galore_adamw8bit", "online_subspace_adamw8bit", "adamw8bit")
 
-DEFAULT_LEARNING_RATE = {"galore": 0.01, "adamw": 0.003}
+# Fields that some optimizers alone read: giving them to another one is refused.
+READ_BY = {
+    **dict.fromkeys(("rank", "scale", "side", "projector_dtype"), SUBSPACE),
+    "every": GALORE,
+    "code": EIGHT_BIT,
+}
+
+DEFAULT_LEARNING_RATE = {**dict.fromkeys(SUBSPACE, 0.01), "adamw": 0.003, "adamw8bit": 0.003}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +105,10 @@ class TrainConfig:
     """Steps between evaluations on a part of the held-out split; the end uses all of it"""
     eval_batches: int = 8
     """Batches in such an evaluation"""
+    int8_weights: bool = False
+    """Keep the kernels of the layers in int8, with a scale for each 256 values"""
+    stochastic_rounding: bool = True
+    """Round new weights of bfloat16, float16 or int8 such that small steps count in the mean"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_subspace import dequantize
 from train import batches, corpus, devices, memory, records, report, rundir
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import Command
@@ -52,19 +53,21 @@ def run(command: Command) -> None:
     )
     optimizer = make(config.optimizer, config.train.steps)
     key = jax.random.key(config.train.seed)
-    initial = jax.jit(lambda key: init_state(config.model, optimizer, key))
+    int8 = config.train.int8_weights
+    initial = jax.jit(lambda key: init_state(config.model, optimizer, key, int8))
     shapes = jax.eval_shape(initial, key)
 
     screen.say(
         f"Model {command.model}: {config.model.num_params():,} parameters. Experiment "
         f"{command.experiment} with {config.optimizer.name}.\n{data.name}.\n"
     )
-    report.print_projection(screen, optimizer, shapes.params)
+    report.print_projection(screen, optimizer, jax.eval_shape(dequantize, shapes.params))
     window_shape = (config.train.batch_size, config.train.sequence_length + 1)
     batch = jax.ShapeDtypeStruct(window_shape, jnp.int32)
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
-    train_step = make_train_step(config.model, optimizer).lower(shapes, batch).compile()
+    seed = config.train.seed if config.train.stochastic_rounding else None
+    train_step = make_train_step(config.model, optimizer, seed).lower(shapes, batch).compile()
     predicted = memory.predict(shapes, batch, make_loss(config.model))
     report.print_memory(screen, predicted, memory.measure(train_step, shapes))
 

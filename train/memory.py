@@ -8,6 +8,7 @@ import jax
 import optax
 from jax.extend.core import Var
 
+from optax_subspace import dequantize
 from train.step import State
 
 # With a schedule, as the trainer runs it.
@@ -18,7 +19,7 @@ class Predicted(NamedTuple):
     """Bytes that follow from shapes and dtypes alone."""
 
     weights: int
-    gradients: int  # one full tree in the weights' dtypes
+    gradients: int  # one full tree in the weights' dtypes; of int8 weights, as dequantized
     activations: int  # kept for the backward pass; a block that is recomputed is not counted
     optimizer_state: int
     adamw_state: int  # what full-rank AdamW would keep for the same weights
@@ -66,12 +67,13 @@ def predict(state: State, windows: Any, loss_fn: Callable[[Any, Any], Any]) -> P
 
     `loss_fn` is the function of parameters and windows that the step differentiates.
     """
+    arrays = jax.eval_shape(dequantize, state.params)
     return Predicted(
         weights=tree_bytes(state.params),
-        gradients=tree_bytes(state.params),
-        activations=_saved_bytes(loss_fn, state.params, windows),
+        gradients=tree_bytes(arrays),
+        activations=_saved_bytes(loss_fn, arrays, windows),
         optimizer_state=tree_bytes(state.opt_state),
-        adamw_state=tree_bytes(jax.eval_shape(_ADAMW.init, state.params)),
+        adamw_state=tree_bytes(jax.eval_shape(_ADAMW.init, arrays)),
         batch=tree_bytes((windows, state.step)),
     )
 

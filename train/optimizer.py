@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from models.llama import subspace_rules
-from optax_subspace import galore
-from train.config import OptimizerConfig
+from optax_subspace import (
+    adamw8bit,
+    galore,
+    galore_adamw8bit,
+    online_subspace_adamw8bit,
+    online_subspace_descent,
+)
+from train.config import GALORE, SUBSPACE, OptimizerConfig
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -29,26 +35,38 @@ def make(config: OptimizerConfig, steps: int) -> Optimizer:
     schedule = warmup_cosine(
         config.learning_rate, steps, config.warmup_fraction, config.final_fraction
     )
-    shared: dict[str, Any] = {
-        "b1": config.b1,
-        "b2": config.b2,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    if config.name == "galore":
-        inner = galore(
-            schedule,
-            config.rank,
-            every=config.every,
-            scale=config.scale,
-            side=config.side,
-            rules=subspace_rules(),
-            **shared,
-        )
-        scale, projects = config.scale, True
-    else:
-        inner = optax.adamw(schedule, **shared)
-        scale, projects = 1.0, False
+    projects = config.name in SUBSPACE
+    if projects:
+        settings: dict[str, Any] = {
+            "scale": config.scale,
+            "side": config.side,
+            "rules": subspace_rules(),
+            "projector_dtype": config.projector_dtype,
+            "weight_decay": config.weight_decay,
+        }
+        if config.name in GALORE:
+            settings["every"] = config.every
+    adam: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    storage: dict[str, Any] = {"code": config.code}
+    match config.name:
+        case "galore":
+            inner = galore(schedule, config.rank, **adam, **settings)
+        case "galore_adamw8bit":
+            inner = galore_adamw8bit(schedule, config.rank, **adam, storage=storage, **settings)
+        case "online_subspace_descent":
+            adam_in_subspace = optax.scale_by_adam(**adam)
+            inner = online_subspace_descent(
+                schedule, config.rank, inner=adam_in_subspace, **settings
+            )
+        case "online_subspace_adamw8bit":
+            inner = online_subspace_adamw8bit(
+                schedule, config.rank, **adam, storage=storage, **settings
+            )
+        case "adamw":
+            inner = optax.adamw(schedule, **adam, weight_decay=config.weight_decay)
+        case "adamw8bit":
+            inner = adamw8bit(schedule, **adam, weight_decay=config.weight_decay, **storage)
+    scale = config.scale if projects else 1.0
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
     return Optimizer(tx, schedule, scale, projects)
 

@@ -9,7 +9,7 @@ import optax
 
 from models import llama
 from models.config import LlamaConfig
-from optax_subspace import subspace_metrics
+from optax_subspace import apply_updates, dequantize, quantize_weights, subspace_metrics
 from train.optimizer import Optimizer
 
 
@@ -17,7 +17,7 @@ class State(NamedTuple):
     """All that a step changes; arrays only, of fixed shapes and dtypes."""
 
     step: jax.Array  # () int32, steps done
-    params: Any  # nested dicts
+    params: Any  # nested dicts; kernels may be QuantizedWeight nodes
     opt_state: Any
 
 
@@ -29,10 +29,15 @@ class Metrics(NamedTuple):
     learning_rate: jax.Array
 
 
-def init_state(model: LlamaConfig, optimizer: Optimizer, key: jax.Array) -> State:
+def init_state(
+    model: LlamaConfig, optimizer: Optimizer, key: jax.Array, int8_weights: bool = False
+) -> State:
     """The state before the first step; under `jax.eval_shape` nothing is allocated."""
     params = llama.init_params(model, key)
-    return State(jnp.zeros([], jnp.int32), params, optimizer.tx.init(params))
+    opt_state = optimizer.tx.init(params)
+    if int8_weights:
+        params = {**params, "layers": quantize_weights(params["layers"], min_size=0)}
+    return State(jnp.zeros([], jnp.int32), params, opt_state)
 
 
 def make_loss(model: LlamaConfig) -> Callable[[Any, jax.Array], jax.Array]:
@@ -43,14 +48,20 @@ def make_loss(model: LlamaConfig) -> Callable[[Any, jax.Array], jax.Array]:
     )[0]
 
 
-def make_train_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
-    """A jitted function of the state, which is donated, and of windows (B, S + 1) int32."""
+def make_train_step(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None) -> Any:
+    """A jitted function of the state, which is donated, and of windows (B, S + 1) int32.
+
+    With a `seed` weights of few bits are rounded stochastically.
+    """
     loss_fn = make_loss(model)
 
     def train_step(state: State, windows: jax.Array) -> tuple[State, Metrics]:
-        loss, gradients = jax.value_and_grad(loss_fn)(state.params, windows)
-        updates, opt_state = optimizer.tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        weights = dequantize(state.params)
+        loss, gradients = jax.value_and_grad(loss_fn)(weights, windows)
+        updates, opt_state = optimizer.tx.update(gradients, state.opt_state, weights)
+        # A function of the step alone, so that a resumed run draws the same.
+        key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
+        params = apply_updates(state.params, updates, key=key)
         metrics = Metrics(loss, optax.tree.norm(gradients), optimizer.schedule(state.step))
         return State(state.step + 1, params, opt_state), metrics
 
@@ -71,7 +82,7 @@ def make_subspace_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
     loss_fn = make_loss(model)
 
     def subspace_step(state: State, windows: jax.Array) -> SubspaceSummary:
-        gradients = jax.grad(loss_fn)(state.params, windows)
+        gradients = jax.grad(loss_fn)(dequantize(state.params), windows)
         found = subspace_metrics(optimizer.tx, state.opt_state, gradients).values()
         if not found:
             return SubspaceSummary(*jnp.zeros(4))
@@ -93,7 +104,7 @@ def make_eval_step(model: LlamaConfig) -> Any:
     def eval_step(
         params: Any, inputs: jax.Array, targets: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        loss, count = llama.merge(definition, params).loss(inputs, targets, mask)
+        loss, count = llama.merge(definition, dequantize(params)).loss(inputs, targets, mask)
         return loss * count, count
 
     return jax.jit(eval_step)
