@@ -18,6 +18,7 @@ import optax
 
 import optax_subspace as osub
 from benchmarks import _llama_shapes, _timing
+from models.config import PRESETS
 
 FLOOR, PEER = "project + Adam + lift", "optax.contrib.galore"
 LAYERS = {"60m": 8, "350m": 2, "1b": 1}
@@ -26,7 +27,7 @@ LAYERS = {"60m": 8, "350m": 2, "1b": 1}
 class Step:
     """A compiled update of one optimizer, its state carried from call to call."""
 
-    def __init__(self, tx: optax.GradientTransformation, gradients: Any):
+    def __init__(self, tx: optax.GradientTransformation, gradients: Any, whole: Any = None):
         self.gradients = gradients
         state = jax.jit(tx.init)(gradients)
         update = jax.jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=1)
@@ -34,19 +35,24 @@ class Step:
         self.update = update.lower(gradients, state, gradients).compile()
         self.compile_seconds = time.perf_counter() - start
         self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
-
-        def apply(params, state, gradients):
-            updates, state = tx.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        # What a training step adds to weights, gradients and state.
-        whole = jax.jit(apply, donate_argnums=(0, 1)).lower(gradients, state, gradients).compile()
-        self.temporaries = whole.memory_analysis().temp_size_in_bytes
+        self.temporaries = 0 if whole is None else temporaries(tx, whole)
         self.state = state
 
     def __call__(self) -> None:
         updates, self.state = self.update(self.gradients, self.state, self.gradients)
         jax.block_until_ready(updates)
+
+
+def temporaries(tx: optax.GradientTransformation, params: Any) -> int:
+    """Bytes that a step needs beside weights, gradients and state; only shapes are read."""
+
+    def apply(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    compiled = jax.jit(apply, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def floor(gradients: Any, rank: int) -> Callable[[], None]:
@@ -93,15 +99,21 @@ def main() -> None:
 
 def compare(model: str, layers: int, rank: int, args: argparse.Namespace) -> None:
     flat, stacked = _llama_shapes.separate(model, layers), _llama_shapes.stacked(model, layers)
+    every = PRESETS[model].num_layers
+    all_flat = jax.eval_shape(lambda: _llama_shapes.separate(model, every))
+    all_stacked = jax.eval_shape(lambda: _llama_shapes.stacked(model, every))
     ours = lambda **kw: osub.galore(1e-2, rank, **kw)
     steps = {
-        "optax.adam": Step(optax.adam(1e-2), flat),
-        PEER: Step(optax.contrib.galore(1e-2, rank), flat),
-        "galore(side='longer')": Step(ours(side="longer"), flat),
-        "galore()": Step(ours(), flat),
-        "galore(side='auto')": Step(ours(side="auto"), flat),
+        "optax.adam": Step(optax.adam(1e-2), flat, all_flat),
+        PEER: Step(optax.contrib.galore(1e-2, rank), flat, all_flat),
+        "galore(side='longer')": Step(ours(side="longer"), flat, all_flat),
+        "galore()": Step(ours(), flat, all_flat),
+        "galore(side='auto')": Step(ours(side="auto"), flat, all_flat),
+        "galore_adamw8bit(side='longer')": Step(
+            osub.galore_adamw8bit(1e-2, rank, side="longer"), flat, all_flat
+        ),
         "galore(side='longer'), stacked": Step(
-            ours(side="longer", rules=_llama_shapes.STACKED), stacked
+            ours(side="longer", rules=_llama_shapes.STACKED), stacked, all_stacked
         ),
     }
     calls: dict[str, Callable[[], None]] = {FLOOR: floor(flat, rank), **steps}
@@ -126,7 +138,11 @@ def compare(model: str, layers: int, rank: int, args: argparse.Namespace) -> Non
             ]
         )
     count = sum(x.size for x in flat.values())
-    print(f"\n{model}, {layers} layers: {count:,} values, rank {rank}; state of {PEER}: ", end="")
+    print(
+        f"\n{model}, {layers} layers (temporaries: those of all {every}): {count:,} values, "
+        f"rank {rank}; state of {PEER}: ",
+        end="",
+    )
     print(f"{steps[PEER].state_bytes / steps['optax.adam'].state_bytes:.3f} of Adam's")
     header = ["plain step", "ms", "spread", "/ floor", "/ peer"]
     print(_timing.table([*header, "state / peer", "MiB of temporaries", "compile s"], rows))

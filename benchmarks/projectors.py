@@ -61,7 +61,10 @@ def one_update(
         # The state of a rule that has seen the gradient before.
         _, state = rule.update(gradient / jnp.max(jnp.abs(gradient)), basis, state)
         moves = jnp.array(True)
-        follow = lambda g, p, s, c: _refresh.follow(rule, moves, g, "left", c, p, s, False).basis
+        plan = osub.plan(gradient, rank=basis.shape[1], side="left")[0]
+        follow = lambda g, p, s, c: (
+            _refresh.follow(rule, plan, moves, g, "left", c, p, s, False).basis
+        )
         if within:
             known = jax.jit(follow)
             low = basis.T @ gradient

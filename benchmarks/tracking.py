@@ -123,6 +123,8 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--figure", type=Path, default=Path("benchmarks/results/tracking.png"))
     args = parser.parse_args()
+    if args.jump + max(MARKS) > args.steps:
+        parser.error(f"--steps must be at least --jump + {max(MARKS)}")
     print(f"{jax.default_backend()}, {_timing.versions('jax', 'optax')}")
     print(f"rank {args.rank}, {args.angle} radians a step, a jump at step {args.jump}")
     curves = {}

@@ -133,10 +133,12 @@ def refresh(
 
     def update(arrays, old):
         due, matrix = arrays
-        gradient = matrix if side == "left" else matrix.T
-        # Scaled, so that a rule's squares neither overflow nor vanish.
-        tiny = jnp.finfo(gradient.dtype).tiny
-        scaled = lambda: gradient / jnp.maximum(jnp.max(jnp.abs(gradient)), tiny)
+
+        def scaled():
+            # So that a rule's squares neither overflow nor vanish.
+            largest = jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
+            return (matrix if side == "left" else matrix.T) / largest
+
         # The branch keeps XLA from computing, ahead of the loop and so on every step, whatever the
         # rule needs of a gradient that is the only slice of its leaf.
         return jax.lax.cond(due, lambda: checked(rule.update, scaled(), *old), lambda: old), True
