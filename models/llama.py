@@ -303,7 +303,8 @@ def subspace_rules() -> tuple[tuple[str, Any], ...]:
 
 def _normal(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
     init = jax.nn.initializers.normal(config.initializer_range)
-    return init(rngs.params(), shape, jnp.dtype(config.param_dtype))
+    # Drawn in float32, so that the values are those of the seed in every dtype.
+    return init(rngs.params(), shape, jnp.float32).astype(config.param_dtype)
 
 
 def _unstack(tree: Any, count: int) -> list[Any]:

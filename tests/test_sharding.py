@@ -35,39 +35,48 @@ RULES = {
     "svd": osub.svd(), "iteration": osub.subspace_iteration(),
     "history": osub.history_pca(), "online": osub.online_pca(),
 }
+STORED = {"left by columns": 8, "right by rows": 1, "experts": 8}  # shards
 MOVED = r"\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute|all-reduce)\("
 found = {}
-for case, (shape, axes, side, matrix) in CASES.items():
-    for rule, projector in RULES.items():
-        value = jax.random.normal(jax.random.key(0), shape)
-        w = {"w": jax.device_put(value, NamedSharding(mesh, axes))}
-        # With a larger epsilon Adam does not blow rounding up to steps of full size.
-        tx = osub.galore(1e-2, 4, eps=1e-3, projector=projector, side=side, rules=[("w", matrix)])
-        shardings = osub.state_shardings(tx, w)
-        state = jax.jit(tx.init, out_shardings=shardings)(w)
-        own = {"w": w["w"].sharding}
+runs = [(case, rule, 0) for case in CASES for rule in RULES]
+runs += [(case, "svd", shards) for case, shards in STORED.items()]
+for case, rule, shards in runs:
+    (shape, axes, side, matrix), projector = CASES[case], RULES[rule]
+    value = jax.random.normal(jax.random.key(0), shape)
+    w = {"w": jax.device_put(value, NamedSharding(mesh, axes))}
+    # With a larger epsilon Adam does not blow rounding up to steps of full size.
+    make = osub.galore
+    if shards:
+        storage = {"shards": shards, "block": 16, "min_size": 0}
+        make = lambda *a, **kw: osub.galore_adamw8bit(*a, storage=storage, **kw)
+    tx = make(1e-2, 4, eps=1e-3, projector=projector, side=side, rules=[("w", matrix)])
+    shardings = osub.state_shardings(tx, w)
+    state = jax.jit(tx.init, out_shardings=shardings)(w)
+    own = {"w": w["w"].sharding}
 
-        def step(gradient, state, params):
-            updates, state = tx.update(gradient, state, params)
-            return optax.apply_updates(params, updates), state
+    def step(gradient, state, params):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
 
-        compiled = jax.jit(
-            step, in_shardings=(own, shardings, own), out_shardings=(own, shardings)
-        ).lower(w, state, w).compile()
-        sizes = [
-            int(np.prod([int(n) for n in dims.split(",") if n]))
-            for dims in re.findall(MOVED, compiled.as_text())
-        ]
-        new, state = compiled(w, state, w)
-        alone = {"w": value}
-        expected, _ = step(alone, tx.init(alone), alone)
-        found[f"{case}/{rule}"] = {
-            "largest": max(sizes, default=0),
-            "full": 64 * 128 if matrix.batch_split == 1 else 64 * 32,  # of one matrix
-            "error": float(jnp.max(jnp.abs(np.asarray(new["w"]) - np.asarray(expected["w"])))),
-            "basis": str(state[0].projection.leaves["w"].bases[0].sharding.spec),
-            "moments": str(state[0].inner.mu["w"].sharding.spec),
-        }
+    compiled = jax.jit(
+        step, in_shardings=(own, shardings, own), out_shardings=(own, shardings)
+    ).lower(w, state, w).compile()
+    sizes = [
+        int(np.prod([int(n) for n in dims.split(",") if n]))
+        for dims in re.findall(MOVED, compiled.as_text())
+    ]
+    new, state = compiled(w, state, w)
+    alone = {"w": value}
+    expected, _ = step(alone, tx.init(alone), alone)
+    inner = state[0].inner
+    mu = inner.inner.mu["w"].codes if shards else inner.mu["w"]
+    found[f"{case}/{rule}" + "/8 bits" * bool(shards)] = {
+        "largest": max(sizes, default=0),
+        "full": 64 * 128 if matrix.batch_split == 1 else 64 * 32,  # of one matrix
+        "error": float(jnp.max(jnp.abs(np.asarray(new["w"]) - np.asarray(expected["w"])))),
+        "basis": str(state[0].projection.leaves["w"].bases[0].sharding.spec),
+        "moments": str(mu.sharding.spec),
+    }
 print(json.dumps(found))
 """
 
@@ -92,7 +101,7 @@ def found():
 
 
 def test_no_full_weight_is_gathered(found):
-    assert len(found) == 32
+    assert len(found) == 35
     for case, result in found.items():
         # An exact SVD of a matrix that is split along its shorter side needs all of it.
         needs_all = "by rows" in case and "iteration" not in case
@@ -102,6 +111,20 @@ def test_no_full_weight_is_gathered(found):
 def test_the_sharded_step_equals_the_step_on_one_device(found):
     for case, result in found.items():
         assert result["error"] < 1e-5, (case, result)
+
+
+@pytest.mark.parametrize(
+    ("case", "codes"),
+    [
+        ("left by columns", "P('x',)"),  # (parts of n, blocks, block)
+        ("right by rows", "P('x',)"),  # (blocks, block): rows are consecutive
+        ("experts", "P('x',)"),  # (parts of E, parts of n, blocks, block)
+    ],
+)
+def test_blocks_of_moments_are_split_as_the_moments(found, case, codes):
+    result = found[f"{case}/svd/8 bits"]
+    assert result["moments"].replace("PartitionSpec", "P") == codes
+    assert result["largest"] == found[f"{case}/svd"]["largest"]  # that of the projector alone
 
 
 @pytest.mark.parametrize(
@@ -140,3 +163,16 @@ def test_a_split_batch_axis_without_batch_split_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         osub.state_shardings(make(2), params)
+
+
+def test_blocks_that_would_straddle_shards_are_warned_of():
+    mesh = jax.sharding.AbstractMesh((2,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    params = {"w": jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=sharding)}
+    make = lambda shards: osub.adamw8bit(0.1, shards=shards)
+    with pytest.warns(UserWarning, match=r"shape \(64, 128\) is split .*shards="):
+        osub.state_shardings(make(1), params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = osub.state_shardings(make(2), params)
+    assert found[0].inner.mu["w"].codes.spec == jax.sharding.PartitionSpec(None, "x")

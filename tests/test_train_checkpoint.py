@@ -7,17 +7,20 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from models import llama
 from models.config import PRESETS
+from optax_subspace import dequantize
 from tests.train_helpers import ROOT, TINY, finish, start, write_text
 from train import cache, memory, optimizer, records, step
 from train.checkpoint import Checkpoints, fingerprint
-from train.config import Config, OptimizerConfig, resolve
+from train.config import DEFAULT_LEARNING_RATE, Config, OptimizerConfig, resolve
 from train.errors import UsageError, no_space
 
 CONFIG = resolve(Config(model=PRESETS["tiny"]))
@@ -341,23 +344,48 @@ def test_schedule_by_hand():
     assert float(optimizer.warmup_cosine(1.0, 1, 0.1, 0.1)(0)) == 1.0
 
 
-def test_galore_and_adamw_move_every_parameter():
+@pytest.mark.parametrize(
+    ("name", "few_bits"),
+    [
+        *((name, "") for name in DEFAULT_LEARNING_RATE),
+        ("galore_adamw8bit", "bfloat16"),
+        ("galore_adamw8bit", "int8"),
+        ("adamw", "int8"),
+    ],
+)
+def test_every_parameter_moves(name, few_bits):
     """Also what is not projected: embeddings, norms, head; and the norm of a step is clipped."""
-    for name in ("galore", "adamw"):
-        config, tx, _ = state_shapes(
-            name, num_layers=1, hidden_size=32, intermediate_size=48, num_heads=2, vocab_size=50
-        )
+    size = {"num_layers": 1, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2}
+    size["vocab_size"] = 96
+    if few_bits == "bfloat16":
+        size["param_dtype"] = few_bits
+    config, tx, _ = state_shapes(name, **size)
+    if few_bits == "int8":
+        state = step.init_state(config, tx, jax.random.key(0), int8_weights=True)
+        assert state.params["layers"]["q"]["kernel"].codes.dtype == jnp.int8
+    else:
         state = step.init_state(config, tx, jax.random.key(0))
-        before = jax.tree.map(np.asarray, state.params)
-        train_step = step.make_train_step(config, tx)
-        windows = jax.random.randint(jax.random.key(1), (2, 9), 0, 50)
-        losses = []
-        for _ in range(10):
-            state, metrics = train_step(state, windows)
-            losses.append(float(metrics.loss))
-        assert losses[-1] < losses[0] and int(state.step) == 10
-        moved = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), before, state.params)
-        assert all(jax.tree.leaves(moved)), (name, moved)
+    if name.endswith("8bit"):
+        assert any(x.dtype == jnp.uint8 for x in jax.tree.leaves(state.opt_state))
+    before = jax.tree.map(np.asarray, dequantize(state.params))
+    train_step = step.make_train_step(config, tx, seed=0)
+    windows = jax.random.randint(jax.random.key(1), (2, 9), 0, 50)
+    losses = []
+    for _ in range(10):
+        state, metrics = train_step(state, windows)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] and int(state.step) == 10
+    after = dequantize(state.params)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), before, after)
+    assert all(jax.tree.leaves(moved)), (name, moved)
+
+
+def test_initial_values_are_the_same_in_every_dtype():
+    wide, _, _ = state_shapes("adamw", num_layers=1)
+    narrow = dataclasses.replace(wide, param_dtype="bfloat16")
+    first, second = (llama.init_params(c, jax.random.key(0)) for c in (wide, narrow))
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), first)
+    chex.assert_trees_all_equal(cast, second)
 
 
 def test_help_does_not_wait_for_data_libraries():

@@ -76,6 +76,8 @@ def test_learning_rate_is_the_optimizers_own_unless_given():
         (["--optimizer.warmup_fraction", "1.5"], ["--optimizer.warmup_fraction", "at most 1"]),
         (["--optimizer.b1", "1"], ["--optimizer.b1", "below 1"]),
         (["--optimizer.name", "adamw", "--optimizer.rank", "4"], ["--optimizer.rank", "adamw"]),
+        (["--optimizer.code", "linear"], ["--optimizer.code", "galore doesn't read it", "8bit"]),
+        (["--optimizer.projector_dtype", "int8"], ["--optimizer.projector_dtype", "linear4"]),
         (["--model.hidden_size", "66"], ["hidden_size=66", "num_heads=4"]),
         (["--model.dtype", "int8"], ["dtype", "int8", "float32"]),
         (["--data.vocab_size", "5000"], ["--data.vocab_size 5000", "--model.vocab_size 4096"]),

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -215,6 +216,31 @@ def test_adamw_takes_the_same_way(words, tmp_path, capsys, monkeypatch):
     assert main([*run, "--resume", "--train.seed", "5"]) == 2
     err = capsys.readouterr().err
     assert "--train.seed is 0 there and 5 here" in err and err.count("\n") == 1
+
+
+def test_few_bits_resume_bit_equal_and_another_code_is_refused(words, tmp_path, capsys):
+    """8-bit moments, 4-bit bases and int8 weights with stochastic rounding, from the middle on."""
+    folder = tmp_path / "run"
+    run = [*words, "--run_dir", str(folder), "--train.steps", "12"]
+    run += ["--optimizer.name", "galore_adamw8bit", "--optimizer.projector_dtype", "linear4"]
+    run += ["--train.int8_weights", "True", "--optimizer.code", "dynamic", "--checkpoint.keep", "3"]
+    assert main(run) == 0
+    whole = parameters(folder, 12)
+    assert any("scales" in path for path in whole)
+    rows = (folder / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoints" / "12")
+    capsys.readouterr()
+    assert main([*run, "--resume"]) == 0
+    assert "after step 7" in capsys.readouterr().out
+    again = parameters(folder, 12)
+    assert whole.keys() == again.keys()
+    for path, value in whole.items():
+        np.testing.assert_array_equal(value, again[path])
+    assert (folder / "metrics.jsonl").read_bytes() == rows
+    other = [word if word != "dynamic" else "linear" for word in run]
+    assert main([*other, "--resume"]) == 2
+    err = capsys.readouterr().err
+    assert "--optimizer.code is dynamic there and linear here" in err and err.count("\n") == 1
 
 
 def test_a_loss_that_is_no_number_stops_the_run(words, tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from train.screen import Screen
 def print_projection(screen: Screen, optimizer: Optimizer, params: Any) -> None:
     """The table of parameters: path, shape, side and rank."""
     if not optimizer.projects:
-        screen.say("Nothing is projected: AdamW keeps two moments of every parameter's shape.")
+        screen.say("Nothing is projected: there are two moments of every parameter's shape.")
         return
     screen.say("What is projected:")
     screen.say(str(describe(params, optimizer.tx)))
