@@ -223,7 +223,7 @@ def test_few_bits_resume_bit_equal_and_another_code_is_refused(words, tmp_path, 
     folder = tmp_path / "run"
     run = [*words, "--run_dir", str(folder), "--train.steps", "12"]
     run += ["--optimizer.name", "galore_adamw8bit", "--optimizer.projector_dtype", "linear4"]
-    run += ["--train.int8_weights", "True", "--optimizer.code", "dynamic", "--checkpoint.keep", "3"]
+    run += ["--train.int8_weights", "--optimizer.code", "dynamic", "--checkpoint.keep", "3"]
     assert main(run) == 0
     whole = parameters(folder, 12)
     assert any("scales" in path for path in whole)
