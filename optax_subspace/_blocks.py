@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -134,6 +135,12 @@ def quantize(
     layout = Layout(layout) if isinstance(layout, str) else layout
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"only real floating-point arrays can be quantized, not {x.dtype}")
+    return _encode(x, layout, key)
+
+
+# Compiled on their own, so that outside of a jitted step they are not a hundred small programs.
+@functools.partial(jax.jit, static_argnames="layout")
+def _encode(x: jax.Array, layout: Layout, key: jax.Array | None) -> Quantized:
     codec = layout.codec
     blocks = _to_blocks(x.astype(jnp.float32), layout)
     largest = jnp.max(blocks, axis=-1)
@@ -162,6 +169,7 @@ def dequantize(tree: Any) -> Any:
     return jax.tree.map(restore, tree, is_leaf=is_quantized)
 
 
+@jax.jit
 def _decode(stored: Quantized) -> jax.Array:
     codes, codec = stored.codes, stored.layout.codec
     if codec.bits == 4:
