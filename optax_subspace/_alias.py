@@ -34,6 +34,7 @@ def galore(
     stagger: bool | None = None,
     moments: str = "keep",
     accumulate: int | None = None,
+    seed: int | None = None,
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -65,8 +66,8 @@ def galore(
       mu_dtype, nu_dtype: dtypes in which the moments are stored, float32 by default.
       projector_dtype: how the bases are stored, in float32 by default; see
         :func:`scale_by_subspace`.
-      stagger, moments, accumulate: see :func:`scale_by_subspace`, whose defaults None stands for;
-        decay and schedule take one step per ``accumulate`` gradients.
+      stagger, moments, accumulate, seed: see :func:`scale_by_subspace`, whose defaults None stands
+        for; decay and schedule take one step per ``accumulate`` gradients.
       weight_decay: decoupled decay :math:`\lambda`, in full space and times the learning rate.
       mask: tree of booleans, or a function from parameters to one: which leaves decay.
 
@@ -112,6 +113,7 @@ def galore(
         projector_dtype=projector_dtype,
         stagger=bool(stagger),
         moments=moments,
+        seed=seed or 0,
     )
 
 
@@ -125,8 +127,10 @@ def online_subspace_descent(
     rules: Rules | None = None,
     inner: optax.GradientTransformation | None = None,
     projector_dtype: Any = None,
+    stagger: bool | None = None,
     moments: str | None = None,
     accumulate: int | None = None,
+    seed: int | None = None,
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -151,7 +155,7 @@ def online_subspace_descent(
       scale: factor :math:`\alpha` on the lifted update.
       moments: ``keep``, ``project`` or ``reset``; by default ``project`` with the default rule and
         ``keep``, as published, with another.
-      side, rules, projector_dtype, accumulate: see :func:`scale_by_subspace`.
+      side, rules, projector_dtype, stagger, accumulate, seed: see :func:`scale_by_subspace`.
       inner: transformation in the subspace, ``optax.scale_by_adam(eps=1e-6)`` by default.
       weight_decay: decoupled decay :math:`\lambda`, in full space and times the learning rate.
       mask: tree of booleans, or a function from parameters to one: which leaves decay.
@@ -187,7 +191,9 @@ def online_subspace_descent(
         scale=scale,
         rules=rules,
         projector_dtype=projector_dtype,
+        stagger=bool(stagger),
         moments=moments,
+        seed=seed or 0,
     )
 
 

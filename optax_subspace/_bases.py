@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from optax_subspace._refresh import Turn, follow, joined, refresh
 MOMENTS = ("keep", "project", "reset")
 
 _NEVER = np.iinfo(np.int32).max
+# Of the share r / m that a random basis holds: below that part the gradient has left the basis.
+_LOST = 0.1
 
 
 class LeafBasis(NamedTuple):
@@ -110,6 +113,7 @@ class Subspace:
             projector=self.projector,
             inner=self.inner,
             projector_dtype=self.projector_dtype,
+            accumulate=self.accumulate,
         )
 
     def init(self, params: optax.Params) -> tuple[ProjectionState, list[LeafPlan]]:
@@ -176,7 +180,7 @@ class Subspace:
             last = state.steps % self.accumulate == self.accumulate - 1
         leaves, skipped, accumulated, handed = {}, {}, {}, []
         low_before = None
-        for plan, leaf in zip(plans, jax.tree.leaves(updates), strict=True):
+        for plan, leaf in zip(plans, map(jnp.asarray, jax.tree.leaves(updates)), strict=True):
             low = leaf.astype(compute_dtype(leaf.dtype))
             old = state.leaves.get(plan.path)
             if old is not None:
@@ -229,7 +233,8 @@ class Subspace:
         rule = plan.projector or self.projector
         due = old.age >= old.due
         if first is not None:
-            due &= first
+            # A leaf without a basis takes its first from whichever micro-batch has a gradient.
+            due &= first | (old.refreshes == 0)
         # The whole leaf is skipped if any of it is not finite; slices of zeros keep their bases.
         # On other steps the low-rank gradient tells, and the full one need not be read again.
         due &= jax.lax.cond(
@@ -277,24 +282,30 @@ class Subspace:
         rule = plan.projector or self.projector
         if rule.follow is None:
             return basis, None
-        rotate = self.moments == "project"
+        rotate, alone_shapes = self.moments == "project", plan.basis_shapes
         sides = []
         for side, old, state in zip(plan.sides, basis.bases, basis.rule, strict=True):
             alone = dataclasses.replace(plan, sides=(side,))
             coordinates = low if plan.sides == (side,) else project(matrices, (old,), alone)
             sides.append(follow(rule, plan, moves, matrices, side, coordinates, old, state, rotate))
         done, overlap, turn = joined(sides)
+        # A rule that sees the gradient through its basis alone can't find one that has left it:
+        # such a leaf begins anew with the next gradient.
+        lost = [
+            s.energy < _LOST * shape[-1] / shape[-2]
+            for s, shape in zip(sides, alone_shapes, strict=True)
+        ]
         followed = basis._replace(
             bases=tuple(s.basis for s in sides),
             rule=tuple(s.rule for s in sides),
+            due=jnp.where(functools.reduce(jnp.logical_or, lost), basis.age, basis.due),
             drift=jnp.where(done, 1 - overlap, basis.drift),
         )
         return followed, turn if rotate else None
 
     def _factor(self, plan: LeafPlan, step: jax.Array) -> Any:
-        if plan.scale is not None:
-            return plan.scale
-        return self.scale(step) if callable(self.scale) else self.scale
+        scale = self.scale if plan.scale is None else plan.scale
+        return scale(step) if callable(scale) else scale
 
 
 def _after(basis: jax.Array, earlier: jax.Array | None) -> jax.Array:

@@ -17,8 +17,9 @@ from optax_subspace._blocks import dequantize, is_quantized, quantize
 from optax_subspace._leaves import LeafPlan
 from optax_subspace._refresh import Turn
 
-# The fields in which optax and its contrib package keep squares of gradients.
-SECOND_MOMENTS = frozenset({"nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"})
+# The fields in which optax and its contrib package keep squares of gradients, and their means.
+SECOND_MOMENTS = frozenset({"nu", "nu_max", "v_row", "v_col", "sum_of_squares", "exp_avg_sq"})
+_FIRST_MOMENTS = frozenset({"mu", "trace", "momentum", "exp_avg"})
 
 
 def map_leaves(
@@ -85,6 +86,12 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def field_name(key: Any) -> str | None:
+    """The name of a field or key on a tree path; None for an index."""
+    name = getattr(key, "name", getattr(key, "key", None))
+    return name if isinstance(name, str) else None
+
+
 def keep_skipped(
     new: Any, old: Any, structure: Any, used: Sequence[jax.Array], ready: jax.Array | None
 ) -> Any:
@@ -127,8 +134,10 @@ def turn_moments(
                 return quantize(on_array(inner_path, dequantize(x)), x.layout)
             if x.shape != plan.low_shape or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
-            names = {getattr(key, "name", None) for key in (*path, *inner_path)}
-            return turn.apply(x, plan, squared=bool(names & SECOND_MOMENTS))
+            names = {field_name(key) for key in (*path, *inner_path)}
+            # An array of another name is one of squares if no number in it is negative.
+            squared = True if names & SECOND_MOMENTS else None
+            return turn.apply(x, plan, squared=False if names & _FIRST_MOMENTS else squared)
 
         return jax.tree_util.tree_map_with_path(on_array, part, is_leaf=is_quantized)
 

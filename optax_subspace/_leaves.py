@@ -51,7 +51,7 @@ class MatrixSpec:
       output_axis: axis or axes of its output.
       rank: rank of this leaf's subspace.
       side: one of ``shorter``, ``longer``, ``left``, ``right``, ``both``, ``auto``.
-      scale: factor on this leaf's lifted update.
+      scale: factor on this leaf's lifted update, a number or a schedule.
       projector: rule that finds and follows this leaf's basis.
       batch_split: the number of devices that the batch axes are split over, in their order: an int
         for one, ``(1, 8)`` for a stack ``(L, E, ...)`` of experts whose ``E`` is split over eight.
@@ -67,11 +67,19 @@ class MatrixSpec:
     output_axis: Sequence[int] | int = 1
     rank: int | None = None
     side: str | None = None
-    scale: float | None = None
+    scale: Any = None
     projector: Projector | None = None
     batch_split: Sequence[int] | int = 1
 
     def __post_init__(self):
+        if self.projector is not None and not isinstance(self.projector, Projector):
+            raise TypeError(
+                f"MatrixSpec: projector must be a Projector such as svd(), got {self.projector!r}"
+            )
+        for field in ("reduction_axis", "output_axis"):
+            axes = getattr(self, field)
+            if not isinstance(axes, int | np.integer | Sequence) or isinstance(axes, str):
+                raise TypeError(f"MatrixSpec: {field} must be an axis or axes, got {axes!r}")
         if self.rank is not None:
             check_count("rank", self.rank)
         if self.side is not None:
@@ -109,7 +117,7 @@ class LeafPlan:
     batch: tuple[int, ...] = ()
     reduction: tuple[int, ...] = ()
     output: tuple[int, ...] = ()
-    scale: float | None = None
+    scale: Any = None
     projector: Projector | None = None
     batch_split: tuple[int, ...] = ()
     wants_rule: bool = False
@@ -229,6 +237,8 @@ def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
     rank = override.rank or rank
     m = math.prod(shape[a] for a in reduction)
     n = math.prod(shape[a] for a in output)
+    if math.prod(shape) == 0:
+        return LeafPlan(path, shape, dtype, "empty")
     if rank >= min(m, n):
         return LeafPlan(path, shape, dtype, f"rank {rank} >= min({m}, {n})")
     return LeafPlan(

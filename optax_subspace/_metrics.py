@@ -87,7 +87,7 @@ def captured_energy(gradient: jax.Array, leaf: LeafBasis, plan: LeafPlan) -> jax
     inside = jnp.sum(project(matrices, spans, plan) ** 2, axis=(-2, -1))
     total = jnp.sum(matrices**2, axis=(-2, -1))
     share = jnp.minimum(inside / jnp.where(total > 0, total, 1), 1)
-    return jnp.where(started, share, 0).astype(jnp.float32)
+    return jnp.where(started & jnp.isfinite(share), share, 0).astype(jnp.float32)
 
 
 def _spans(bases: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ def plan(
     projector: Projector | None = None,
     inner: optax.GradientTransformation | None = None,
     projector_dtype: Any = None,
+    accumulate: int = 1,
 ) -> list[LeafPlan]:
     """Decides for every leaf whether and how it is projected.
 
@@ -55,6 +56,7 @@ def plan(
       projector, inner, projector_dtype: what ``auto`` counts the bytes of: the rule's own state,
         that of the transformation in the subspace (``optax.scale_by_adam()`` by default), and the
         bases in this dtype or code (the arithmetic's dtype by default).
+      accumulate: micro-batches of a step, for ``auto`` too: a buffer if there are several.
 
     Returns:
       One :class:`LeafPlan` per leaf, in the order of ``jax.tree.leaves(params)``.
@@ -76,7 +78,7 @@ def plan(
     plans = [plan_leaf(path_name(path), leaf, compiled, rank, side) for path, leaf in leaves]
     if any(p.sides == ("auto",) for p in plans):
         inner = optax.scale_by_adam() if inner is None else inner
-        plans = _with_fewest_bytes(plans, structure, projector, inner, projector_dtype)
+        plans = _with_fewest_bytes(plans, structure, projector, inner, projector_dtype, accumulate)
     return plans
 
 
@@ -86,9 +88,11 @@ def _with_fewest_bytes(
     projector: Projector | None,
     inner: optax.GradientTransformation,
     projector_dtype: Any,
+    accumulate: int,
 ) -> list[LeafPlan]:
     """Decides the leaves whose sides are ``("auto",)``; the first of equals is kept."""
-    candidates = []
+    candidates, storage = [], projector_dtype
+    buffer = lambda low: tree_bytes(low) if accumulate > 1 else 0
     for sides in (("right",), ("left",), ("left", "right")):
         decide = lambda p, s=sides: dataclasses.replace(p, sides=s) if p.sides == ("auto",) else p
         decided = [decide(p) for p in plans]
@@ -97,8 +101,8 @@ def _with_fewest_bytes(
         inner_bytes = bytes_by_leaf(state, structure)
         candidates.append(
             [
-                (count + _projection_bytes(p, p.projector or projector, projector_dtype), p)
-                for count, p in zip(inner_bytes, decided, strict=True)
+                (count + buffer(x) + _projection_bytes(p, p.projector or projector, storage), p)
+                for count, x, p in zip(inner_bytes, low, decided, strict=True)
             ]
         )
     return [min(c, key=lambda pair: pair[0])[1] for c in zip(*candidates, strict=True)]

@@ -15,7 +15,7 @@ import optax
 from optax_subspace._bases import ProjectionState
 from optax_subspace._blocks import Layout, dequantize, is_quantized, quantize
 from optax_subspace._codes import code_of
-from optax_subspace._inner_state import SECOND_MOMENTS
+from optax_subspace._inner_state import SECOND_MOMENTS, field_name
 from optax_subspace._leaves import path_name
 from optax_subspace._projectors._base import check_count
 
@@ -36,7 +36,7 @@ def quantize_state(
     inner: optax.GradientTransformation,
     code: str = "dynamic",
     *,
-    rules: Sequence[tuple[str, str | None]] | None = None,
+    rules: Sequence[tuple[str, str | Layout | None]] | None = None,
     block: int = 256,
     min_size: int = 4096,
     shards: int = 1,
@@ -53,11 +53,12 @@ def quantize_state(
       inner: any optax transformation, :func:`scale_by_subspace` or a member of a chain after
         :func:`subspace_project` among them.
       code: ``dynamic`` (the non-linear map of 8-bit Adam), ``linear``, ``float8_e4m3fn``,
-        ``float8_e5m2``, or with 4 bits ``dynamic4``, ``linear4``. Second moments (``nu``, ``v``)
-        take its unsigned form. The linear codes round small second moments to zero, after which
-        the steps grow without bound: they serve for first moments.
+        ``float8_e5m2``, or with 4 bits ``dynamic4``, ``linear4``. Second moments, which are told
+        by the names that optax gives them (``nu``, ``sum_of_squares``, ...), take its unsigned
+        form. The linear codes round small second moments to zero, after which the steps grow
+        without bound: they serve for first moments.
       rules: ``(regex, code)`` pairs on the paths of the state, first match wins; None as a code
-        leaves the array as it is.
+        leaves the array as it is, a :class:`Layout` says whether it is signed.
       block: number of values that share a float32 scale, a power of two.
       min_size: smaller arrays stay as they are.
       shards: number of devices that an axis may be split over; blocks keep to the parts.
@@ -86,7 +87,7 @@ def quantize_state(
     default = Layout(code, True, block, shards)
     compiled = [(re.compile(pattern), rule) for pattern, rule in rules or ()]
     for _, rule in compiled:
-        if rule is not None:
+        if isinstance(rule, str):
             code_of(rule)
     check_count("min_size", min_size, 0)
 
@@ -137,14 +138,14 @@ def _layout(
     path: Any,
     x: Any,
     default: Layout,
-    rules: Sequence[tuple[re.Pattern[str], str | None]],
+    rules: Sequence[tuple[re.Pattern[str], str | Layout | None]],
     min_size: int,
     matched: set[str],
 ) -> Layout | None:
     """How an array of the state is stored; None if it stays as it is."""
     name = path_name(path)
     fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-    code: str | None = default.code
+    code: str | Layout | None = default.code
     for pattern, rule in rules:
         if pattern.search(name):
             matched.add(pattern.pattern)
@@ -158,5 +159,7 @@ def _layout(
             break
     if code is None or not fits or x.size < min_size:
         return None
-    signed = not any(getattr(key, "name", None) in SECOND_MOMENTS for key in path)
+    if isinstance(code, Layout):
+        return code
+    signed = not any(field_name(key) in SECOND_MOMENTS for key in path)
     return dataclasses.replace(default, code=code, signed=signed)

@@ -23,6 +23,8 @@ class Refreshed(NamedTuple):
       done: boolean ``(*batch,)``, the slices that have a new basis.
       overlap: float32 ``(*batch,)``, mean squared cosine of the principal angles between the old
         and the new basis, where ``done``.
+      energy: float32 ``(*batch,)``, the share of the gradient within the old basis, where a rule
+        that follows has moved it.
       rotation: ``P'^T P`` of shape ``(*batch, r, r)``, what the coordinates of the old basis are
         multiplied with, zero where not ``done``; None if not asked for.
     """
@@ -31,6 +33,7 @@ class Refreshed(NamedTuple):
     rule: Any
     done: jax.Array
     overlap: jax.Array
+    energy: jax.Array
     rotation: jax.Array | None
 
 
@@ -45,8 +48,10 @@ class Turn(NamedTuple):
     done: jax.Array
     rotations: tuple[jax.Array, ...] | None
 
-    def apply(self, moment: jax.Array, plan: LeafPlan, squared: bool) -> jax.Array:
+    def apply(self, moment: jax.Array, plan: LeafPlan, squared: bool | None) -> jax.Array:
         """A moment ``plan.low_shape`` in the new basis: ``P'^T P R``, squared weights for squares.
+
+        Whether it holds squares is told by the numbers themselves if ``squared`` is None.
 
         With ``E[(sum_j c_j x_j)^2] = sum_j c_j^2 E[x_j^2]`` for coordinates that are uncorrelated,
         as those in singular vectors are, second moments take the squared weights.
@@ -58,9 +63,10 @@ class Turn(NamedTuple):
         def turn_all(done, rotations, moment):
             def turn_slice(i, moments):
                 new = jax.lax.dynamic_index_in_dim(moments, i, keepdims=False)
+                squares = jnp.all(new >= 0) if squared is None else squared
                 for side, rotation in zip(plan.sides, rotations, strict=True):
                     weights = jax.lax.dynamic_index_in_dim(rotation, i, keepdims=False)
-                    weights = weights**2 if squared else weights
+                    weights = jnp.where(squares, weights**2, weights)
                     new = weights @ new if side == "left" else new @ weights.T
                 return jax.lax.dynamic_update_index_in_dim(moments, new.astype(moments.dtype), i, 0)
 
@@ -141,7 +147,8 @@ def refresh(
 
         # The branch keeps XLA from computing, ahead of the loop and so on every step, whatever the
         # rule needs of a gradient that is the only slice of its leaf.
-        return jax.lax.cond(due, lambda: checked(rule.update, scaled(), *old), lambda: old), True
+        after = jax.lax.cond(due, lambda: checked(rule.update, scaled(), *old), lambda: old)
+        return after, True, 1.0
 
     return in_slices(plan, due, update, (due, matrices), (basis, state), rotate)
 
@@ -175,7 +182,8 @@ def follow(
         product = product / jnp.where(squared > 0, squared, 1) / scale
         new = checked(step, product, *old)
         moved = squared > 0
-        return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved
+        energy = jnp.sum(low**2) / jnp.where(moved, squared, 1)
+        return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
 
     return in_slices(plan, moves, move, (matrices, coordinates), (basis, state), rotate)
 
@@ -192,7 +200,7 @@ def in_slices(
     Args:
       plan: the leaf's.
       due: boolean ``(*batch,)``.
-      rule: ``(arrays, (basis, state)) -> ((basis, state), done)`` of one slice.
+      rule: ``(arrays, (basis, state)) -> ((basis, state), done, energy)`` of one slice.
       arrays: what the rule reads.
       old: basis and rule state before.
       rotate: whether the rotations are wanted.
@@ -206,9 +214,11 @@ def in_slices(
             take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
             put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
             before = jax.tree.map(take, (carry.basis, carry.rule))
-            after, done = rule(jax.tree.map(take, arrays), before)
+            after, done, energy = rule(jax.tree.map(take, arrays), before)
+            energy = jnp.asarray(energy, jnp.float32)
             rotation, overlap = compare(dequantize(after[0]), dequantize(before[0]))
-            new = Refreshed(after[0], after[1], done, overlap, rotation if rotate else None)
+            turned = rotation if rotate else None
+            new = Refreshed(after[0], after[1], done, overlap, energy, turned)
             return jax.tree.map(put, carry, new)
 
         none = Refreshed(
@@ -216,6 +226,7 @@ def in_slices(
             rule=state,
             done=jnp.zeros(due.shape, bool),
             overlap=jnp.zeros(due.shape, jnp.float32),
+            energy=jnp.ones(due.shape, jnp.float32),
             rotation=jnp.zeros((*due.shape, rank, rank), dtype) if rotate else None,
         )
         return in_due_slices(due, body, none)
@@ -248,8 +259,12 @@ def checked(rule: Any, array: jax.Array, basis: Any, state: Any) -> tuple[Any, A
             f"the projector returned a basis of shape {new_basis.shape}, expected {basis.shape}"
         )
     as_before = lambda new, old: jnp.asarray(new, old.dtype)
+    new_state = jax.tree.map(as_before, new_state, state)
     if is_quantized(basis):
         new_basis = quantize(new_basis, basis.layout)
     else:
         new_basis = as_before(new_basis, basis)
-    return new_basis, jax.tree.map(as_before, new_state, state)
+    # A rule that fails leaves its leaf as it was.
+    finite = jnp.all(jnp.isfinite(dequantize(new_basis)))
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    return keep(new_basis, basis), keep(new_state, state)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_subspace._bases import LeafBasis, ProjectionState, plan_of
 from optax_subspace._blocks import Quantized, is_quantized, parts_of
@@ -41,7 +41,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       A tree of ``NamedSharding`` in the structure of ``tx.init(params)``, for ``jax.jit``.
 
     Raises:
-      ValueError: a parameter has no ``NamedSharding``.
+      ValueError: a parameter has no ``NamedSharding``, or its mesh has explicit axes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -68,6 +68,12 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
         specs[path_name(path)] = _axes_of(sharding.spec, len(leaf.shape))
     if mesh is None:
         return jax.tree.map(lambda _: None, jax.eval_shape(tx.init, params))
+    if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+        raise ValueError(
+            f"the mesh has explicit axes {mesh.axis_names}, for which JAX asks a sharding of every "
+            "product: make it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * "
+            f"{len(mesh.axis_names)}), or give jax.sharding.Mesh"
+        )
     plans, state = planned(tx, params)
     for plan in plans:
         batch = _batch_axes(plan, specs[plan.path])
@@ -80,6 +86,17 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
                 UserWarning,
                 stacklevel=2,
             )
+        for group in (plan.reduction, plan.output) if plan.projected else ():
+            spec = specs[plan.path]
+            major = _major(plan, group)
+            if any(spec[axis] for axis in group if axis != major):
+                warnings.warn(
+                    f"parameter {plan.path} is split along one of the axes {group}, which the "
+                    f"projection joins, but not along the first of them, {major}: each step "
+                    "gathers its gradient. Split that one, or an axis of the other side",
+                    UserWarning,
+                    stacklevel=2,
+                )
     names = [path_name(path) for path, _ in flat]
     full_shapes = {path_name(path): leaf.shape for path, leaf in flat}
 
@@ -200,8 +217,9 @@ def _matrix_axes(plan: LeafPlan, spec: tuple[_Axes, ...]) -> tuple[_Axes, _Axes]
     stays a split of it; one of a later axis alone would interleave, and is given up.
     """
 
-    def joined(axes: tuple[int, ...]) -> _Axes:
-        major = next((a for a in axes if plan.shape[a] > 1), axes[0])
-        return spec[major]
+    return spec[_major(plan, plan.reduction)], spec[_major(plan, plan.output)]
 
-    return joined(plan.reduction), joined(plan.output)
+
+def _major(plan: LeafPlan, axes: tuple[int, ...]) -> int:
+    """The first of the joined axes whose split is one of the whole."""
+    return next((a for a in axes if plan.shape[a] > 1), axes[0])

@@ -72,7 +72,7 @@ def inner_update(
 def _low_weight(weight: jax.Array, leaf: LowRankUpdate) -> jax.Array:
     if leaf.plan.projected:
         return project(to_matrices(weight, leaf.plan), leaf.bases, leaf.plan)
-    return weight.astype(leaf.low.dtype)
+    return jnp.asarray(weight, leaf.low.dtype)
 
 
 def _full_update(update: jax.Array, leaf: LowRankUpdate) -> jax.Array:

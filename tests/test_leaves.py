@@ -4,6 +4,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -128,6 +129,10 @@ def test_bad_rules():
         MatrixSpec(side="up")
     with pytest.raises(ValueError, match="rank"):
         MatrixSpec(rank=-1)
+    with pytest.raises(TypeError, match="projector must be a Projector .* got 'svd'"):
+        MatrixSpec(projector="svd")
+    with pytest.raises(TypeError, match="reduction_axis must be an axis or axes, got None"):
+        MatrixSpec(reduction_axis=None)
     with pytest.raises(ValueError, match="batch_split must be at least 1"):
         MatrixSpec(batch_split=0)
     stack = {"w": (6, 20, 12)}
@@ -170,3 +175,28 @@ def test_describe_through_wrappers():
     state = tx.init(params)
     assert found.state_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
     assert str(osub.describe({}, inner)).startswith("parameter")
+
+
+def test_empty_stacks_numbers_and_schedules_of_a_rule():
+    empty = {"w": jnp.zeros((0, 8, 6)), "v": jnp.ones((8, 6))}
+    schedule = lambda step: 1.0 + step
+    rules = [("w", MatrixSpec(1, 2)), ("v", MatrixSpec(scale=schedule))]
+    tx = osub.scale_by_subspace(optax.identity(), rank=2, rules=rules, projector=osub.svd(1))
+    state = tx.init(empty)
+    first, state = tx.update(empty, state)
+    second, _ = tx.update(empty, state)
+    np.testing.assert_allclose(second["v"], 2 * first["v"], rtol=1e-5)
+    tx = osub.galore(1e-2, 2)
+    params = {"w": jnp.ones((8, 6)), "number": 1.0}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert float(updates["number"]) < 0
+
+
+def test_auto_counts_the_buffer_of_micro_batches():
+    count = lambda side: (
+        osub.describe(
+            {"w": jnp.zeros((30, 20))},
+            osub.scale_by_subspace(optax.scale_by_adam(), rank=12, side=side, accumulate=4),
+        ).state_bytes
+    )
+    assert count("auto") == min(map(count, ("left", "right", "both"))) == count("both")

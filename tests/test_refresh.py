@@ -124,11 +124,12 @@ def test_projected_momentum_keeps_what_both_subspaces_share():
 @pytest.mark.parametrize("rule", [osub.history_pca(), osub.online_pca()])
 def test_moments_follow_a_basis_that_follows(rule):
     before, after, gradient = moved("project", "left", optax.trace(0.9), rule)
-    old, new = before.projection.leaves["w"].bases[0], after.projection.leaves["w"].bases[0]
-    trace = 0.9 * np.asarray(before.inner.trace["w"], np.float64) + np.asarray(old).T @ gradient
-    np.testing.assert_allclose(
-        after.inner.trace["w"], np.asarray(new).T @ np.asarray(old) @ trace, rtol=1e-3, atol=1e-4
-    )
+    bases = (state.projection.leaves["w"].bases[0] for state in (before, after))
+    old, new = (np.asarray(basis, np.float64) for basis in bases)
+    trace = 0.9 * np.asarray(before.inner.trace["w"], np.float64) + old.T @ gradient
+    # The coordinates belong to P (P^T P)^-1, of whose inverse there are the first two terms.
+    turned = new.T @ old @ (2 * np.eye(old.shape[1]) - old.T @ old) @ trace
+    np.testing.assert_allclose(after.inner.trace["w"], turned, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match=r"parameter w: moments='reset' with a projector"):
         moved("reset", "left", rule=rule)
 
@@ -281,3 +282,82 @@ def test_batch_split_changes_the_order_of_work_alone(rule):
             total += updates["w"]
         final.append((total, state))
     chex.assert_trees_all_close(*final, atol=1e-3)
+
+
+def dict_rms():
+    """A transformation with its squares in a dict, under a name of its own."""
+    square = lambda g, n: 0.9 * n + 0.1 * g**2
+    scale = lambda g, n: g / (jnp.sqrt(n) + 1e-8)
+
+    def update(grads, state, params=None):
+        squares = jax.tree.map(square, grads, state["mine"])
+        return jax.tree.map(scale, grads, squares), {"mine": squares}
+
+    return optax.GradientTransformation(
+        lambda params: {"mine": jax.tree.map(jnp.zeros_like, params)}, update
+    )
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [optax.scale_by_adan(), optax.scale_by_adadelta(), optax.contrib.prodigy(), dict_rms()],
+    ids=["adan", "adadelta", "prodigy", "dict"],
+)
+def test_squares_of_any_name_stay_squares_when_moments_are_turned(inner):
+    """Turned like first moments some would be negative, and their roots no numbers."""
+    params = {"w": jax.random.normal(jax.random.key(0), (12, 20))}
+    tx = osub.online_subspace_descent(1e-2, 4, inner=inner)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for i in range(30):
+        gradient = {"w": jax.random.normal(jax.random.key(i), (12, 20))}
+        updates, state = update(gradient, state, params)
+        assert jnp.any(updates["w"] != 0)
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in floats)
+
+
+def test_a_leaf_whose_first_micro_batches_are_zero_begins_with_the_next():
+    params = {"w": jnp.ones((12, 20))}
+    tx = osub.scale_by_subspace(optax.identity(), rank=4, accumulate=3)
+    state, gradient = tx.init(params), {"w": trees.grads({"w": params["w"]}, 0)["w"]}
+    for micro in ({"w": jnp.zeros((12, 20))}, gradient, gradient):
+        updates, state = tx.update(micro, state)
+    alone = osub.scale_by_subspace(optax.identity(), rank=4)
+    expected, _ = alone.update(gradient, alone.init(params))
+    np.testing.assert_allclose(updates["w"], 2 / 3 * expected["w"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [osub.subspace_iteration(1), osub.history_pca(), osub.oja(), osub.online_pca()],
+    ids=["iteration", "history", "oja", "online"],
+)
+def test_a_gradient_that_leaves_the_basis_is_found_again(rule):
+    """First in some rows, then in others: no product with the old basis tells of the new ones."""
+    block = jax.random.normal(jax.random.key(0), (4, 24))
+    first = jnp.zeros((2, 16, 24)).at[:, :4].set(block)
+    then = first.at[1].set(jnp.zeros((16, 24)).at[8:12].set(block))  # of the second slice alone
+    rules = [("w", osub.MatrixSpec(1, 2))]
+    tx = osub.scale_by_subspace(optax.identity(), rank=4, projector=rule, rules=rules)
+    state, update = tx.init({"w": first}), jax.jit(tx.update)
+    for _ in range(2):
+        _, state = update({"w": first}, state)
+    for _ in range(3):
+        updates, state = update({"w": then}, state)
+    kept = jnp.sum(updates["w"] ** 2, axis=(1, 2)) / jnp.sum(then**2, axis=(1, 2))
+    assert (kept > 0.9).all()
+
+
+def test_a_rule_that_fails_leaves_its_leaf_as_it_was():
+    fails = lambda gradient, basis, state: (
+        jnp.where(state > 0, jnp.nan, jnp.eye(*basis.shape)),
+        state + 1,
+    )
+    rule = osub.Projector(lambda *_: jnp.zeros([]), fails, every=1)
+    tx = osub.scale_by_subspace(optax.identity(), rank=2, projector=rule)
+    gradient = {"w": jnp.ones((8, 12))}
+    state = tx.init(gradient)
+    for _ in range(3):
+        updates, state = tx.update(gradient, state)
+        assert jnp.isfinite(updates["w"]).all() and jnp.any(updates["w"] != 0)
+    np.testing.assert_array_equal(state.projection.leaves["w"].bases[0], jnp.eye(8, 2))

@@ -176,3 +176,16 @@ def test_blocks_that_would_straddle_shards_are_warned_of():
         warnings.simplefilter("error")
         found = osub.state_shardings(make(2), params)
     assert found[0].inner.mu["w"].codes.spec == jax.sharding.PartitionSpec(None, "x")
+
+
+def test_explicit_axes_and_interleaved_splits_are_told():
+    explicit = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    place = lambda mesh, *spec: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    shape = lambda dims, sharding: {"w": jax.ShapeDtypeStruct(dims, jnp.float32, sharding=sharding)}
+    with pytest.raises(ValueError, match=r"explicit axes \('x',\).*AxisType.Auto"):
+        osub.state_shardings(osub.galore(0.1, 2), shape((16, 8), place(explicit, "x")))
+    mesh = jax.sharding.AbstractMesh((2,), ("x",))
+    tx = osub.galore(0.1, 2, rules=[("w", osub.MatrixSpec((0, 1, 2), 3))])
+    convolution = shape((3, 3, 16, 32), place(mesh, None, None, "x"))
+    with pytest.warns(UserWarning, match=r"one of the axes \(0, 1, 2\).*first of them, 0"):
+        osub.state_shardings(tx, convolution)

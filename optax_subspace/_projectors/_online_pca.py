@@ -27,9 +27,9 @@ def online_pca(
     ``m x m`` matrix is formed.
 
     Args:
-      optimizer: any optax optimizer on ``P``, ``optax.adam(0.06)`` by default; its state has the
-        shape of ``P``. Its learning rate may be a constant, a schedule of the basis' steps, or
-        tied to that of the weights by :func:`tied_rate`.
+      optimizer: any optax optimizer on ``P``, ``optax.adam(0.06, eps=1e-7)`` by default; its state
+        has the shape of ``P``. Its learning rate may be a constant, a schedule of the basis'
+        steps, or tied to that of the weights by :func:`tied_rate`.
       orthogonality: weight :math:`\lambda`; zero in the published code, 0.1 in the paper.
       relative: divide the optimizer's steps by ``sqrt(m)``, the size of a basis' entries being
         ``1 / sqrt(m)``, so that one learning rate serves every ``m`` under sign-like optimizers
@@ -55,7 +55,7 @@ def online_pca(
     """
     if orthogonality < 0:
         raise ValueError(f"online_pca: orthogonality must not be negative, got {orthogonality}")
-    optimizer = optax.adam(0.06) if optimizer is None else optimizer
+    optimizer = optax.adam(0.06, eps=1e-7) if optimizer is None else optimizer
 
     def follow(product, basis, state):
         gram = basis.T @ basis

@@ -10,6 +10,7 @@ from optax_subspace._projectors._svd import align_signs
 
 # Without a basis to start from, one power step is not enough on a slowly falling spectrum.
 _EXTRA_POWER_AT_FIRST = 2
+_STIR = 1e-3  # length of the random part of a warm start, the basis having 1
 
 
 def subspace_iteration(every: int = 200, power: int = 1, oversample: int = 0) -> Projector:
@@ -57,7 +58,8 @@ def subspace_iteration(every: int = 200, power: int = 1, oversample: int = 0) ->
         columns = min(m, gradient.shape[1], rank + oversample)
         first = jnp.all(basis == 0)
         draw = lambda width: jax.random.normal(key, (m, width), gradient.dtype)
-        begin = lambda: jnp.concatenate([basis, draw(columns - rank)], axis=1)
+        # A little of all directions: a gradient orthogonal to the basis would never be found.
+        begin = lambda: _pad(basis, columns) + _STIR / jnp.sqrt(m) * draw(columns)
         start = jax.lax.cond(first, lambda: draw(columns), begin)
 
         def iterate(_, q):
@@ -72,3 +74,7 @@ def subspace_iteration(every: int = 200, power: int = 1, oversample: int = 0) ->
         return align_signs(new, basis), jax.random.key_data(carried)
 
     return Projector(lambda key, m, n, rank: jax.random.key_data(key), update, every)
+
+
+def _pad(basis: jax.Array, columns: int) -> jax.Array:
+    return jnp.pad(basis, [(0, 0), (0, columns - basis.shape[1])])
