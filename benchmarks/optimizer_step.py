@@ -1,8 +1,8 @@
 """The time, state and temporaries of an optimizer step on a LLaMA's matrices, side by side.
 
 Ours, `optax.contrib.galore` and `optax.adam` take turns; the gradients are random, the steps plain
-(no refresh) unless a row says otherwise. The floor is what no method that projects a gradient can
-go below: the products that project and lift, and Adam on the low-rank arrays.
+(no refresh) unless a row says otherwise. The floor of a side is what no method that projects a
+gradient on it can go below: the products that project and lift, and Adam on the low-rank arrays.
 """
 
 import argparse
@@ -19,8 +19,18 @@ import optax
 import optax_subspace as osub
 from benchmarks import _llama_shapes, _timing
 from models.config import PRESETS
+from optax_subspace import _projection
 
-FLOOR, PEER = "project + Adam + lift", "optax.contrib.galore"
+PEER = "optax.contrib.galore"
+# The sides of the bases by row; the floor of each is the products and Adam on its low-rank arrays.
+SIDES = {
+    PEER: "longer",
+    "galore(side='longer')": "longer",
+    "galore()": "shorter",
+    "galore(side='auto')": "both",
+    "galore_adamw8bit(side='longer')": "longer",
+    "galore(side='longer'), stacked": "longer",
+}
 LAYERS = {"60m": 8, "350m": 2, "1b": 1}
 
 
@@ -55,28 +65,33 @@ def temporaries(tx: optax.GradientTransformation, params: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def floor(gradients: Any, rank: int) -> Callable[[], None]:
-    """The products and the arithmetic on low-rank arrays alone, basis on the longer side."""
+def floor(gradients: Any, rank: int, side: str) -> Callable[[], None]:
+    """The products and the arithmetic on low-rank arrays alone, with bases on that side."""
+    plans = {p.path: p for p in osub.plan(gradients, rank=rank, side=side)}
     keys = jax.random.split(jax.random.key(0), len(gradients))
     bases = {
-        k: jnp.linalg.qr(jax.random.normal(key, (max(g.shape), rank)))[0]
-        for key, (k, g) in zip(keys, gradients.items(), strict=True)
+        k: tuple(
+            jnp.linalg.qr(jax.random.normal(jax.random.fold_in(key, i), shape))[0]
+            for i, shape in enumerate(plans[k].basis_shapes)
+        )
+        for key, k in zip(keys, gradients, strict=True)
     }
     adam = optax.scale_by_adam()
-    project = lambda p, g: p.T @ g if len(p) == len(g) else g @ p
-    lift = lambda p, r, g: p @ r if len(p) == len(g) else r @ p.T
-    state = adam.init(jax.tree.map(project, bases, gradients))
 
-    def step(gradients, state):
-        low = jax.tree.map(project, bases, gradients)
-        low, state = adam.update(low, state)
-        return jax.tree.map(lift, bases, low, gradients), state
+    def project(gradients, bases):
+        return {k: _projection.project(g, bases[k], plans[k]) for k, g in gradients.items()}
 
-    compiled = jax.jit(step, donate_argnums=1)
+    state = adam.init(project(gradients, bases))
+
+    def step(gradients, bases, state):
+        low, state = adam.update(project(gradients, bases), state)
+        return {k: _projection.lift(r, bases[k], plans[k]) for k, r in low.items()}, state
+
+    compiled = jax.jit(step, donate_argnums=2)
 
     def call():
         nonlocal state
-        updates, state = compiled(gradients, state)
+        updates, state = compiled(gradients, bases, state)
         jax.block_until_ready(updates)
 
     return call
@@ -116,9 +131,11 @@ def compare(model: str, layers: int, rank: int, args: argparse.Namespace) -> Non
             ours(side="longer", rules=_llama_shapes.STACKED), stacked, all_stacked
         ),
     }
-    calls: dict[str, Callable[[], None]] = {FLOOR: floor(flat, rank), **steps}
-    timings = _timing.alternate(calls, rounds=args.rounds, warmup=2)
-    base, peer = timings[FLOOR].median, timings[PEER].median
+    floors: dict[str, Callable[[], None]] = {
+        f"floor, {side}": floor(flat, rank, side) for side in ("longer", "shorter", "both")
+    }
+    timings = _timing.alternate({**floors, **steps}, rounds=args.rounds, warmup=2)
+    peer = timings[PEER].median
     rows = []
     for name, timing in timings.items():
         step = steps.get(name)
@@ -132,7 +149,9 @@ def compare(model: str, layers: int, rank: int, args: argparse.Namespace) -> Non
                 name,
                 f"{timing.median * 1e3:.1f}",
                 f"{timing.spread:.2f}",
-                f"{timing.median / base:.2f}",
+                f"{timing.median / timings[f'floor, {SIDES[name]}'].median:.2f}"
+                if name in SIDES
+                else "",
                 f"{timing.median / peer:.2f}",
                 *memory,
             ]
