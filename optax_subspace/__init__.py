@@ -7,7 +7,6 @@ from optax_subspace._alias import (
     online_subspace_adamw8bit,
     online_subspace_descent,
 )
-from optax_subspace._bases import LeafBasis, ProjectionState
 from optax_subspace._blocks import Layout, Quantized, dequantize, quantize
 from optax_subspace._chaining import (
     InSubspaceState,
@@ -20,6 +19,7 @@ from optax_subspace._describe import Description, describe
 from optax_subspace._leaves import LeafPlan, MatrixSpec
 from optax_subspace._metrics import SubspaceMetrics, subspace_metrics
 from optax_subspace._plan import plan
+from optax_subspace._projection_state import LeafBasis, ProjectionState
 from optax_subspace._projectors import (
     Projector,
     adaptive_period,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,12 @@ from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan, Rules, check_side
 from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projection import compute_dtype, project, to_matrices
+from optax_subspace._projection_state import (
+    LeafBasis,
+    ProjectionState,
+    check_state,
+    check_unique,
+)
 from optax_subspace._projectors import Projector, svd
 from optax_subspace._projectors._base import check_count
 from optax_subspace._refresh import Turn, follow, joined, refresh
@@ -28,47 +34,6 @@ MOMENTS = ("keep", "project", "reset")
 _NEVER = np.iinfo(np.int32).max
 # Of the share r / m that a random basis holds: below that part the gradient has left the basis.
 _LOST = 0.1
-
-
-class LeafBasis(NamedTuple):
-    """The subspace of one projected leaf. Every field has the leaf's batch axes in front.
-
-    Attributes:
-      bases: one basis per side: ``(*batch, m, r)`` left, ``(*batch, n, r)`` right; an array, or a
-        :class:`Quantized` node if ``projector_dtype`` is a code.
-      rule: the projector's own state per side.
-      age: int32 ``(*batch,)``, gradients used since the first basis; zero before it.
-      due: int32 ``(*batch,)``, the age at which the projector's ``update`` comes next.
-      period: int32 ``(*batch,)``, steps between updates in units of the projector's ``every``.
-      refreshes: int32 ``(*batch,)``, how often ``update`` has given a new basis.
-      drift: float32 ``(*batch,)``, one minus the mean squared cosine of the principal angles
-        between the last two bases; zero before there are two.
-    """
-
-    bases: tuple[Any, ...]
-    rule: tuple[Any, ...]
-    age: jax.Array
-    due: jax.Array
-    period: jax.Array
-    refreshes: jax.Array
-    drift: jax.Array
-
-
-class ProjectionState(NamedTuple):
-    """State of the projection of a whole tree.
-
-    Attributes:
-      steps: int32 scalar, the gradients seen, micro-batches counted one by one.
-      leaves: the basis of each projected leaf by its path.
-      skipped: int32 scalar by path: how often a leaf's gradient was not finite.
-      accumulated: sum of the low-rank gradients of the micro-batches so far, by path; empty
-        without accumulation.
-    """
-
-    steps: jax.Array
-    leaves: dict[str, LeafBasis]
-    skipped: dict[str, jax.Array]
-    accumulated: dict[str, jax.Array]
 
 
 class Subspace:
@@ -128,7 +93,7 @@ class Subspace:
             # (An array each: one buffer can't be donated twice.)
             nothing: Any = [jnp.zeros([], jnp.int32) for _ in range(3)]
             return ProjectionState(zero, *nothing), plans
-        _check_unique(plans)
+        check_unique(plans)
         leaves = {p.path: self._init_leaf(i, p) for i, p in enumerate(plans) if p.projected}
         skipped = {p.path: jnp.zeros([], jnp.int32) for p in plans}
         accumulated = {}
@@ -172,7 +137,7 @@ class Subspace:
         steps = optax.safe_increment(state.steps)
         if not plans:
             return [], state._replace(steps=steps)
-        _check_state(plans, state, self.accumulate)
+        check_state(plans, state, self.accumulate)
         offsets = _offsets(plans) if self.stagger else {}
         first, last = None, None
         if self.accumulate > 1:
@@ -335,38 +300,3 @@ def _offsets(plans: Sequence[LeafPlan]) -> dict[str, np.ndarray]:
         offsets[path] = ((before + size * np.arange(slices)) / total).reshape(batch)
         before += size * slices
     return offsets
-
-
-def plan_of(plans: Sequence[LeafPlan], path: str, leaf: LeafBasis) -> LeafPlan:
-    """The plan that a leaf's bases were made with, of those that several projections made."""
-    shapes = tuple(b.shape for b in leaf.bases)
-    return next(p for p in plans if p.path == path and p.basis_shapes == shapes)
-
-
-def _check_unique(plans: Sequence[LeafPlan]) -> None:
-    seen: set[str] = set()
-    for p in plans:
-        if p.path in seen:
-            raise ValueError(f"two parameters have the path {p.path}: rename one of them")
-        seen.add(p.path)
-
-
-def _check_state(plans: Sequence[LeafPlan], state: ProjectionState, accumulate: int) -> None:
-    """Raises if the state was made for other leaves, ranks, sides, axes or accumulation."""
-    remedy = "initialise the state with the same transformation and parameters"
-    if not isinstance(state.leaves, dict) or set(state.skipped) != {p.path for p in plans}:
-        raise ValueError(f"the state belongs to other parameters than the gradient: {remedy}")
-    if bool(state.accumulated) != (accumulate > 1):
-        has = "has" if state.accumulated else "has no"
-        raise ValueError(
-            f"the state {has} accumulated gradients, accumulate={accumulate}: {remedy}"
-        )
-    for p in plans:
-        leaf = state.leaves.get(p.path)
-        found = None if leaf is None else tuple(b.shape for b in leaf.bases)
-        expected = p.basis_shapes if p.projected else None
-        if found != expected:
-            raise ValueError(
-                f"parameter {p.path}: the state holds bases of shapes {found}, these settings need "
-                f"{expected}: {remedy}"
-            )

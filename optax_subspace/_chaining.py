@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_subspace._bases import ProjectionState, Subspace
+from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan, Rules
+from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector
 from optax_subspace._subspace import inner_update, low_rank_tree
 

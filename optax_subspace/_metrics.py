@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._bases import LeafBasis, ProjectionState, plan_of
 from optax_subspace._blocks import dequantize
 from optax_subspace._describe import planned
 from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._projection import compute_dtype, project, to_matrices
+from optax_subspace._projection_state import LeafBasis, ProjectionState, plan_of
 
 
 class SubspaceMetrics(NamedTuple):

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._bases import ProjectionState
 from optax_subspace._blocks import Layout, dequantize, is_quantized, quantize
 from optax_subspace._codes import code_of
 from optax_subspace._inner_state import SECOND_MOMENTS, field_name
 from optax_subspace._leaves import path_name
+from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors._base import check_count
 
 

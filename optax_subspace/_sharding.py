@@ -12,11 +12,11 @@ import jax
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_subspace._bases import LeafBasis, ProjectionState, plan_of
 from optax_subspace._blocks import Quantized, is_quantized, parts_of
 from optax_subspace._describe import planned
 from optax_subspace._inner_state import map_leaves
 from optax_subspace._leaves import LeafPlan, path_name
+from optax_subspace._projection_state import LeafBasis, ProjectionState, plan_of
 
 _Axes = tuple[str, ...] | None  # mesh axes that one axis of an array is split over
 

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._bases import ProjectionState, Subspace
+from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._inner_state import keep_skipped, turn_moments
 from optax_subspace._leaves import LeafPlan, Rules
 from optax_subspace._projection import compute_dtype, from_matrices, lift, project, to_matrices
+from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector
 
 
