@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -205,7 +206,7 @@ def adamw8bit(
     *,
     weight_decay: float = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
-    **storage: Any,
+    storage: dict[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.adamw`` with moments kept in 8 bits, at full rank.
 
@@ -214,7 +215,7 @@ def adamw8bit(
       b1, b2, eps: of Adam.
       weight_decay: decoupled decay, times the learning rate.
       mask: tree of booleans, or a function from parameters to one: which leaves decay.
-      **storage: ``code``, ``block``, ``min_size`` and others of :func:`quantize_state`.
+      storage: ``code``, ``block``, ``min_size`` and others of :func:`quantize_state`.
 
     Returns:
       The optimizer.
@@ -229,12 +230,31 @@ def adamw8bit(
       'uint8'
     """
     return optax.chain(
-        quantize_state(optax.scale_by_adam(b1, b2, eps), **storage),
+        quantize_state(optax.scale_by_adam(b1, b2, eps), **storage or {}),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
+def _with_settings_of(alias: Callable[..., Any], without: Sequence[str]) -> Callable[[Any], Any]:
+    """Shows the keywords of ``alias`` in place of ``**settings`` in the function's signature.
+
+    (``optax.inject_hyperparams`` takes every argument by its name there.)
+    """
+
+    def show(function):
+        own = inspect.signature(function)
+        named = [p for p in own.parameters.values() if p.kind != p.VAR_KEYWORD]
+        known = {p.name for p in named} | set(without)
+        others = inspect.signature(alias).parameters.values()
+        settings = [p for p in others if p.name not in known and p.kind == p.KEYWORD_ONLY]
+        function.__signature__ = own.replace(parameters=[*named, *settings])
+        return function
+
+    return show
+
+
+@_with_settings_of(galore, without=("inner", "mu_dtype", "nu_dtype"))
 def galore_adamw8bit(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
@@ -270,6 +290,7 @@ def galore_adamw8bit(
     return galore(learning_rate, rank, inner=inner, **settings)
 
 
+@_with_settings_of(online_subspace_descent, without=("inner",))
 def online_subspace_adamw8bit(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,

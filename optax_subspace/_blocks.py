@@ -147,14 +147,28 @@ def _encode(x: jax.Array, layout: Layout, key: jax.Array | None) -> Quantized:
     if layout.signed:
         least = jnp.min(blocks, axis=-1)
         largest = jnp.where(largest >= -least, largest, least)
-    # Reciprocals would round differently; a block of zeros has the scale 0.
-    scaled = blocks / jnp.where(largest == 0, 1, largest)[..., None]
+    # A block of zeros has the scale 0. Compilers divide by reciprocals: those must be normal.
+    size = jnp.abs(largest)
+    power = jnp.where(size > 2.0**100, 2.0**-32, jnp.where(size < 2.0**-90, 2.0**32, 1.0))
+    divisor = jnp.where(largest == 0, 1, largest * power)
+    scaled = blocks * power[..., None] / divisor[..., None]
     uniform = None if key is None else jax.random.uniform(key, blocks.shape)
     codes = codec.encode(scaled, uniform)
     if codec.bits == 4:
         first, second = jnp.split(codes, 2, axis=-1)
         codes = first | (second << 4)
     return Quantized(codes, largest, x.shape, x.dtype, layout)
+
+
+def quantize_like(x: jax.Array, stored: Quantized, key: jax.Array | None = None) -> Quantized:
+    """``x`` in the blocks and of the class, shape and dtype of ``stored``."""
+    batch = stored.shape[: stored.batch]
+    keys = None if key is None else jax.random.split(key, batch) if batch else key
+    one = lambda x, key: _encode(x, stored.layout, key)
+    for _ in batch:
+        one = jax.vmap(one, in_axes=(0, None if key is None else 0))
+    new = one(x.astype(stored.dtype), keys)
+    return type(stored)(new.codes, new.scales, stored.slice_shape, stored.dtype, stored.layout)
 
 
 def dequantize(tree: Any) -> Any:

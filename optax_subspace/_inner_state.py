@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_subspace._blocks import dequantize, is_quantized, quantize
+from optax_subspace._blocks import dequantize, is_quantized, quantize_like
 from optax_subspace._leaves import LeafPlan
 from optax_subspace._refresh import Turn
 
 # The fields in which optax and its contrib package keep squares of gradients, and their means.
-SECOND_MOMENTS = frozenset({"nu", "nu_max", "v_row", "v_col", "sum_of_squares", "exp_avg_sq"})
+_SECOND_MOMENTS = frozenset({"nu", "nu_max", "v_row", "v_col", "sum_of_squares", "exp_avg_sq"})
 _FIRST_MOMENTS = frozenset({"mu", "trace", "momentum", "exp_avg"})
+_OTHERS = frozenset({"m", "n", "v"})  # squares in one optimizer, means in another
 
 
 def map_leaves(
@@ -64,6 +65,8 @@ def map_leaves(
 
 def _within(node: Any, test: Callable[[Any], bool]) -> Iterator[bool]:
     """What ``test`` says of every node below ``node``."""
+    if is_quantized(node):
+        return
     children = jax.tree_util.default_registry.flatten_one_level(node)
     for child in children[0] if children else ():
         yield test(child)
@@ -86,10 +89,20 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def field_name(key: Any) -> str | None:
-    """The name of a field or key on a tree path; None for an index."""
-    name = getattr(key, "name", getattr(key, "key", None))
-    return name if isinstance(name, str) else None
+def holds_squares(path: Sequence[Any]) -> bool | None:
+    """Whether an array at this path of a state is a second moment; None if no name tells.
+
+    The first name that tells decides: what comes after it are the parameters' own names.
+    """
+    for key in path:
+        name = getattr(key, "name", getattr(key, "key", None))
+        if name in _SECOND_MOMENTS:
+            return True
+        if name in _FIRST_MOMENTS:
+            return False
+        if name in _OTHERS:
+            return None
+    return None
 
 
 def keep_skipped(
@@ -131,13 +144,11 @@ def turn_moments(
 
         def on_array(inner_path, x):
             if is_quantized(x):
-                return quantize(on_array(inner_path, dequantize(x)), x.layout)
+                return quantize_like(on_array(inner_path, dequantize(x)), x)
             if x.shape != plan.low_shape or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
-            names = {field_name(key) for key in (*path, *inner_path)}
             # An array of another name is one of squares if no number in it is negative.
-            squared = True if names & SECOND_MOMENTS else None
-            return turn.apply(x, plan, squared=False if names & _FIRST_MOMENTS else squared)
+            return turn.apply(x, plan, squared=holds_squares((*path, *inner_path)))
 
         return jax.tree_util.tree_map_with_path(on_array, part, is_leaf=is_quantized)
 

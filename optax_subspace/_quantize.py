@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._blocks import Layout, dequantize, is_quantized, quantize
+from optax_subspace._blocks import Layout, dequantize, is_quantized, quantize, quantize_like
 from optax_subspace._codes import code_of
-from optax_subspace._inner_state import SECOND_MOMENTS, field_name
+from optax_subspace._inner_state import holds_squares
 from optax_subspace._leaves import path_name
+from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors._base import check_count
 
@@ -45,9 +46,10 @@ def quantize_state(
 ) -> optax.GradientTransformationExtraArgs:
     """Stores the arrays of ``inner``'s state in 8 or 4 bits between its updates.
 
-    At each update the arrays are decoded, ``inner`` is updated, and they are encoded again. Real
-    floating-point arrays of ``min_size`` values or more are stored so; counters, random keys and
-    the bases of a projection (which have a ``projector_dtype`` of their own) stay as they are.
+    At each update the arrays are decoded to float32, ``inner`` is updated, and they are encoded
+    again. Real floating-point arrays of ``min_size`` values or more are stored so; counters, random
+    keys and the bases of a projection (which have a ``projector_dtype`` of their own) stay as they
+    are.
 
     Args:
       inner: any optax transformation, :func:`scale_by_subspace` or a member of a chain after
@@ -62,7 +64,9 @@ def quantize_state(
       block: number of values that share a float32 scale, a power of two.
       min_size: smaller arrays stay as they are.
       shards: number of devices that an axis may be split over; blocks keep to the parts.
-      stochastic_rounding: draw between the two nearest codes such that the mean is kept.
+      stochastic_rounding: draw between the two nearest codes such that the mean is kept (but for
+        what lies below the least code: the signed dynamic codes have no -1). Under ``jax.vmap`` of
+        ``init`` all slices draw the same.
       seed: seed of these draws.
 
     Returns:
@@ -70,7 +74,7 @@ def quantize_state(
 
     Raises:
       ValueError: the code is unknown, or ``block`` no power of two.
-      TypeError: at ``init``, a rule gives a code to an array of integers or keys.
+      TypeError: at ``init``, a rule gives a code to arrays of integers or keys alone.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -93,22 +97,21 @@ def quantize_state(
 
     def init_fn(params):
         state = inner.init(params)
-        matched: set[str] = set()
+        matched: dict[str, bool] = {}
 
         def store(path, x):
-            layout = _layout(path, x, default, compiled, min_size, matched)
-            return x if layout is None else quantize(x, layout)
+            # A variable of NNX gives way to its blocks: NNX would take them for a part of the tree.
+            value = x.get_value() if _is_variable(x) else x
+            layout = _layout(path, value, default, compiled, min_size, matched)
+            if layout is None:
+                return x
+            # (Not folded: XLA would compute the codes of so many zeros while it compiles.)
+            wide = value.astype(compute_dtype(value.dtype))
+            return quantize(jax.lax.optimization_barrier(wide), layout)
 
-        stored = jax.tree_util.tree_map_with_path(store, state, is_leaf=_stays)
-        for pattern, _ in compiled:
-            if pattern.pattern not in matched and jax.tree.leaves(params):
-                paths = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
-                warnings.warn(
-                    f"quantize_state: the rule {pattern.pattern!r} matches no array of the state, "
-                    f"whose paths are like {paths[-1] if paths else ''!r}",
-                    UserWarning,
-                    stacklevel=2,
-                )
+        stays = lambda node: isinstance(node, ProjectionState) or _is_variable(node)
+        stored = jax.tree_util.tree_map_with_path(store, state, is_leaf=stays)
+        _check_rules(compiled, matched, state, bool(jax.tree.leaves(params)))
         key = jax.random.key(seed) if stochastic_rounding else None
         return QuantizedState(stored, key)
 
@@ -122,7 +125,7 @@ def quantize_state(
             keys = iter(rest)
 
         def store(old, x):
-            return quantize(x, old.layout, next(keys, None)) if is_quantized(old) else x
+            return quantize_like(x, old, next(keys, None)) if is_quantized(old) else x
 
         stored = jax.tree.map(store, state.inner, new, is_leaf=is_quantized)
         return updates, QuantizedState(stored, key)
@@ -130,8 +133,34 @@ def quantize_state(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _stays(node: Any) -> bool:
-    return isinstance(node, ProjectionState)
+def _is_variable(node: Any) -> bool:
+    return hasattr(node, "get_value") and hasattr(node, "get_metadata")
+
+
+def _check_rules(
+    rules: Sequence[tuple[re.Pattern[str], str | Layout | None]],
+    matched: dict[str, bool],
+    state: Any,
+    has_params: bool,
+) -> None:
+    """Tells of patterns that match nothing, or nothing that a code could be given to."""
+    paths = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
+    for pattern, code in rules:
+        if matched.get(pattern.pattern):
+            continue
+        if pattern.pattern in matched and code is not None:
+            found = next(path for path in paths if pattern.search(path))
+            raise TypeError(
+                f"quantize_state: the rule {pattern.pattern!r} gives a code to {found}, which "
+                "holds no real floating-point numbers: only such arrays can be quantized"
+            )
+        if pattern.pattern not in matched and has_params:
+            warnings.warn(
+                f"quantize_state: the rule {pattern.pattern!r} matches no array of the state, "
+                f"whose paths are like {paths[-1] if paths else ''!r}",
+                UserWarning,
+                stacklevel=4,
+            )
 
 
 def _layout(
@@ -140,26 +169,17 @@ def _layout(
     default: Layout,
     rules: Sequence[tuple[re.Pattern[str], str | Layout | None]],
     min_size: int,
-    matched: set[str],
+    matched: dict[str, bool],
 ) -> Layout | None:
     """How an array of the state is stored; None if it stays as it is."""
     name = path_name(path)
     fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-    code: str | Layout | None = default.code
-    for pattern, rule in rules:
-        if pattern.search(name):
-            matched.add(pattern.pattern)
-            if rule is not None and not fits:
-                raise TypeError(
-                    f"quantize_state: the rule {pattern.pattern!r} gives a code to {name}, "
-                    f"which holds {getattr(x, 'dtype', type(x).__name__)}: only real "
-                    "floating-point arrays can be quantized"
-                )
-            code = rule
-            break
+    found = [(pattern.pattern, code) for pattern, code in rules if pattern.search(name)]
+    for pattern, _ in found:
+        matched[pattern] = matched.get(pattern, False) or fits
+    code = found[0][1] if found else default.code
     if code is None or not fits or x.size < min_size:
         return None
     if isinstance(code, Layout):
         return code
-    signed = not any(field_name(key) in SECOND_MOMENTS for key in path)
-    return dataclasses.replace(default, code=code, signed=signed)
+    return dataclasses.replace(default, code=code, signed=not holds_squares(path))

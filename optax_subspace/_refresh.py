@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_subspace._blocks import dequantize, is_quantized, quantize
+from optax_subspace._blocks import dequantize, is_quantized, quantize_like
 from optax_subspace._leaves import LeafPlan
 from optax_subspace._projectors import Projector
 
@@ -261,7 +261,7 @@ def checked(rule: Any, array: jax.Array, basis: Any, state: Any) -> tuple[Any, A
     as_before = lambda new, old: jnp.asarray(new, old.dtype)
     new_state = jax.tree.map(as_before, new_state, state)
     if is_quantized(basis):
-        new_basis = quantize(new_basis, basis.layout)
+        new_basis = quantize_like(new_basis, basis)
     else:
         new_basis = as_before(new_basis, basis)
     # A rule that fails leaves its leaf as it was.

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._blocks import Layout, Quantized, dequantize, is_quantized, quantize
+from optax_subspace._blocks import (
+    Layout,
+    Quantized,
+    dequantize,
+    is_quantized,
+    quantize,
+    quantize_like,
+)
 
 
 class QuantizedWeight(Quantized):
@@ -98,12 +105,14 @@ def _apply(param: Any, update: Any, key: jax.Array | None) -> Any:
     if update is None:
         return param
     if is_quantized(param):
-        total = dequantize(param).astype(jnp.float32) + update.astype(jnp.float32)
-        return _weight(quantize(total, param.layout, key), param.dtype)
+        total = dequantize(param).astype(jnp.float32) + jnp.asarray(update, jnp.float32)
+        return quantize_like(total, param, key)
     param = jnp.asarray(param)
-    wide = jnp.promote_types(param.dtype, jnp.float32)
-    total = param.astype(wide) + update.astype(wide)
-    if key is None or param.dtype == wide:
+    if not jnp.issubdtype(param.dtype, jnp.floating):
+        return (param + update).astype(param.dtype)
+    wide = jnp.float64 if param.dtype == jnp.float64 else jnp.float32
+    total = param.astype(wide) + jnp.asarray(update, wide)
+    if key is None or param.dtype not in (jnp.bfloat16, jnp.float16):
         return total.astype(param.dtype)
     return stochastic_round(total, param.dtype, key)
 
@@ -131,6 +140,7 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(nearest), drawn, nearest)
 
 
-def _weight(stored: Quantized, dtype: Any = None) -> QuantizedWeight:
-    dtype = stored.dtype if dtype is None else dtype
-    return QuantizedWeight(stored.codes, stored.scales, stored.shape, dtype, stored.layout)
+def _weight(stored: Quantized) -> QuantizedWeight:
+    return QuantizedWeight(
+        stored.codes, stored.scales, stored.slice_shape, stored.dtype, stored.layout
+    )

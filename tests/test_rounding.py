@@ -152,3 +152,27 @@ def test_a_block_of_weights_that_overflows_keeps_to_itself():
     found = osub.dequantize(osub.apply_updates(params, updates, key=jax.random.key(0)))["w"]
     keep = np.arange(16) != 3
     assert np.isfinite(found[keep]).all()
+
+
+def test_stacked_weights_keep_their_structure_through_a_scan():
+    stack = {"w": jax.random.normal(jax.random.key(0), (3, 10, 30))}
+    stored = jax.vmap(lambda p: osub.quantize_weights(p, min_size=0))(stack)
+    updates = {"w": jnp.full((3, 10, 30), 1e-3)}
+
+    def step(params, key):
+        return osub.apply_updates(params, updates, key=key), None
+
+    moved, _ = jax.lax.scan(step, stored, jax.random.split(jax.random.key(1), 5))
+    chex.assert_trees_all_equal_shapes_and_dtypes(moved, stored)
+    mean = jnp.mean(osub.dequantize(moved)["w"] - stack["w"])
+    assert abs(float(mean) - 5e-3) < 2e-3
+
+
+def test_other_leaves_move_as_with_optax():
+    params = {"count": jnp.array(2**24, jnp.int32), "x": jnp.ones(2)}
+    params["small"] = jnp.ones(2, jnp.float8_e5m2)
+    updates = {"count": jnp.array(1, jnp.int32), "x": 0.5, "small": jnp.ones(2)}
+    for key in (None, jax.random.key(0)):
+        moved = osub.apply_updates(params, updates, key=key)
+        assert int(moved["count"]) == 2**24 + 1 and moved["count"].dtype == jnp.int32
+        assert moved["x"].tolist() == [1.5, 1.5] and moved["small"].tolist() == [2, 2]

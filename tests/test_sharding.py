@@ -169,7 +169,7 @@ def test_blocks_that_would_straddle_shards_are_warned_of():
     mesh = jax.sharding.AbstractMesh((2,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
     params = {"w": jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=sharding)}
-    make = lambda shards: osub.adamw8bit(0.1, shards=shards)
+    make = lambda shards: osub.adamw8bit(0.1, storage={"shards": shards})
     with pytest.warns(UserWarning, match=r"shape \(64, 128\) is split .*shards="):
         osub.state_shardings(make(1), params)
     with warnings.catch_warnings():

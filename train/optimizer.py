@@ -65,7 +65,7 @@ def make(config: OptimizerConfig, steps: int) -> Optimizer:
         case "adamw":
             inner = optax.adamw(schedule, **adam, weight_decay=config.weight_decay)
         case "adamw8bit":
-            inner = adamw8bit(schedule, **adam, weight_decay=config.weight_decay, **storage)
+            inner = adamw8bit(schedule, **adam, weight_decay=config.weight_decay, storage=storage)
     scale = config.scale if projects else 1.0
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
     return Optimizer(tx, schedule, scale, projects)
