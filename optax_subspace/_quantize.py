@@ -53,7 +53,8 @@ def quantize_state(
 
     Args:
       inner: any optax transformation, :func:`scale_by_subspace` or a member of a chain after
-        :func:`subspace_project` among them.
+        :func:`subspace_project` among them (whose ``side="auto"`` does not know of the codes then;
+        inside of :func:`scale_by_subspace` it does).
       code: ``dynamic`` (the non-linear map of 8-bit Adam), ``linear``, ``float8_e4m3fn``,
         ``float8_e5m2``, or with 4 bits ``dynamic4``, ``linear4``. Second moments, which are told
         by the names that optax gives them (``nu``, ``sum_of_squares``, ...), take its unsigned

@@ -127,7 +127,8 @@ def scale_by_subspace(
       rules: ``(regex, spec)`` pairs on the parameters' paths; see :func:`plan`.
       projector_dtype: how bases are stored: a dtype, that of the arithmetic by default, or a code
         of :func:`quantize_state` such as ``linear`` (8 bits) or ``linear4``. They are encoded when
-        they change; a rule that follows every gradient changes them at every step.
+        they change; a rule that follows every gradient changes them at every step, and
+        :func:`online_pca`, whose steps are small, stands still in 4 bits.
       stagger: spread the refreshes of leaves, and of the slices of a stack, evenly over the
         projector's period, so that no step is much longer than another. All first bases come with
         the first gradient.
