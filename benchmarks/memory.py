@@ -17,6 +17,7 @@ import optax_subspace as osub
 from benchmarks import _timing
 from models import llama
 from models.config import PRESETS
+from train.memory import tree_bytes
 
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "3b": 512, "7b": 1024}
 PUBLISHED = {  # weights and states: full-rank Adam, GaLore
@@ -38,11 +39,6 @@ class Bytes(NamedTuple):
     @property
     def total(self) -> int:
         return self.weights + self.state
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all shapes in a tree."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def shapes(model: str) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 import optax_subspace as osub
 from benchmarks import _llama_shapes, _timing
-from benchmarks.optimizer_step import Step
+from benchmarks.optimizer_step import LAYERS, Step
 
 BLOCK = 256
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--values", type=int, default=2**24)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--step", default="60m", choices=_llama_shapes.RANKS, help="of the step")
+    parser.add_argument("--step", default="60m", choices=LAYERS, help="of the step")
     args = parser.parse_args()
     print(f"{jax.default_backend()}, {os.cpu_count()} cores, {_timing.versions('jax', 'optax')}")
 
@@ -111,7 +111,7 @@ def main() -> None:
     print(f"\n{args.values:,} values\n{_timing.table(header, rows)}", flush=True)
 
     rank = _llama_shapes.RANKS[args.step]
-    gradients = _llama_shapes.separate(args.step, {"60m": 8, "350m": 2, "1b": 1}[args.step])
+    gradients = _llama_shapes.separate(args.step, LAYERS[args.step])
     steps = {
         "galore, 32 bits": Step(osub.galore(1e-2, rank), gradients),
         "galore_adamw8bit": Step(osub.galore_adamw8bit(1e-2, rank), gradients),
