@@ -1,12 +1,7 @@
 """Subspace optimizers for JAX: GaLore and its kin as composable optax transformations."""
 
-from optax_subspace._alias import (
-    adamw8bit,
-    galore,
-    galore_adamw8bit,
-    online_subspace_adamw8bit,
-    online_subspace_descent,
-)
+from optax_subspace._alias import galore, online_subspace_descent
+from optax_subspace._alias8bit import adamw8bit, galore_adamw8bit, online_subspace_adamw8bit
 from optax_subspace._blocks import Layout, Quantized, dequantize, quantize
 from optax_subspace._chaining import (
     InSubspaceState,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._leaves import Rules
+from optax_subspace._leaves import Rules, path_name
 from optax_subspace._projectors import Projector, history_pca, svd
-from optax_subspace._quantize import quantize_state
 from optax_subspace._subspace import scale_by_subspace
 
 
@@ -99,7 +97,7 @@ def galore(
     if projector is None:
         projector = svd(200 if every is None else every)
     if inner is None:
-        inner = _scale_by_galore_adam(b1, b2, eps, mu_dtype, nu_dtype)
+        inner = scale_by_galore_adam(b1, b2, eps, mu_dtype, nu_dtype)
     return _optimizer(
         inner,
         learning_rate,
@@ -198,134 +196,6 @@ def online_subspace_descent(
     )
 
 
-def adamw8bit(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    *,
-    weight_decay: float = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
-    storage: dict[str, Any] | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """``optax.adamw`` with moments kept in 8 bits, at full rank.
-
-    Args:
-      learning_rate: step size, a number or a schedule.
-      b1, b2, eps: of Adam.
-      weight_decay: decoupled decay, times the learning rate.
-      mask: tree of booleans, or a function from parameters to one: which leaves decay.
-      storage: ``code``, ``block``, ``min_size`` and others of :func:`quantize_state`.
-
-    Returns:
-      The optimizer.
-
-    References:
-      Dettmers et al., `8-bit Optimizers <https://arxiv.org/abs/2110.02861>`_, 2021.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> state = adamw8bit(1e-3).init({"w": jnp.ones((64, 64))})
-      >>> state[0].inner.mu["w"].codes.dtype.name
-      'uint8'
-    """
-    return optax.chain(
-        quantize_state(optax.scale_by_adam(b1, b2, eps), **storage or {}),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-def _with_settings_of(alias: Callable[..., Any], without: Sequence[str]) -> Callable[[Any], Any]:
-    """Shows the keywords of ``alias`` in place of ``**settings`` in the function's signature.
-
-    (``optax.inject_hyperparams`` takes every argument by its name there.)
-    """
-
-    def show(function):
-        own = inspect.signature(function)
-        named = [p for p in own.parameters.values() if p.kind != p.VAR_KEYWORD]
-        known = {p.name for p in named} | set(without)
-        others = inspect.signature(alias).parameters.values()
-        settings = [p for p in others if p.name not in known and p.kind == p.KEYWORD_ONLY]
-        function.__signature__ = own.replace(parameters=[*named, *settings])
-        return function
-
-    return show
-
-
-@_with_settings_of(galore, without=("inner", "mu_dtype", "nu_dtype"))
-def galore_adamw8bit(
-    learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-    storage: dict[str, Any] | None = None,
-    **settings: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """:func:`galore` with moments kept in 8 bits.
-
-    Args:
-      learning_rate: step size, a number or a schedule.
-      rank: dimension of the subspace.
-      b1, b2, eps: of Adam.
-      storage: ``code``, ``block``, ``min_size`` and others of :func:`quantize_state`.
-      **settings: all else that :func:`galore` takes but ``inner``; ``projector_dtype`` among them.
-
-    Returns:
-      The optimizer.
-
-    References:
-      Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, section 4.3.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> state = galore_adamw8bit(1e-2, rank=32).init({"w": jnp.ones((64, 256))})
-      >>> state[0].inner.inner.mu["w"].shape, state[0].inner.inner.mu["w"].codes.dtype.name
-      ((32, 256), 'uint8')
-    """
-    inner = quantize_state(_scale_by_galore_adam(b1, b2, eps, None, None), **storage or {})
-    return galore(learning_rate, rank, inner=inner, **settings)
-
-
-@_with_settings_of(online_subspace_descent, without=("inner",))
-def online_subspace_adamw8bit(
-    learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-    storage: dict[str, Any] | None = None,
-    **settings: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """:func:`online_subspace_descent` with moments kept in 8 bits.
-
-    Args:
-      learning_rate: step size, a number or a schedule.
-      rank: dimension of the subspace.
-      b1, b2, eps: of Adam.
-      storage: ``code``, ``block``, ``min_size`` and others of :func:`quantize_state`.
-      **settings: all else that :func:`online_subspace_descent` takes but ``inner``.
-
-    Returns:
-      The optimizer.
-
-    References:
-      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> state = online_subspace_adamw8bit(1e-2, rank=32).init({"w": jnp.ones((64, 256))})
-      >>> state[0].inner.inner.nu["w"].layout.signed
-      False
-    """
-    inner = quantize_state(optax.scale_by_adam(b1, b2, eps), **storage or {})
-    return online_subspace_descent(learning_rate, rank, inner=inner, **settings)
-
-
 def _optimizer(
     inner: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -336,7 +206,8 @@ def _optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """``inner`` in the subspace, decay in full space, then the learning rate.
 
-    The latter two see no micro-batch but the last of each step. (``accumulate`` is None rather than
+    The latter two see no micro-batch but the last of each step, and a leaf that was skipped for a
+    gradient that is not finite does not decay either. (``accumulate`` is None rather than
     1 by default, since ``optax.inject_hyperparams`` makes arrays of all numbers.)
     """
     accumulate = 1 if accumulate is None else accumulate
@@ -347,10 +218,20 @@ def _optimizer(
     if accumulate > 1:
         is_last = lambda step, **_: step % accumulate == accumulate - 1
         after = optax.transforms.conditionally_mask(after, is_last)
-    return optax.chain(subspace, after)
+    tx = optax.chain(subspace, after)
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return tx
+
+    def update_fn(updates, state, params=None, **extra_args):
+        updates, new = tx.update(updates, state, params, **extra_args)
+        before, now = state[0].projection.skipped, new[0].projection.skipped
+        stays = lambda path, u: jnp.where(now[path_name(path)] > before[path_name(path)], 0, u)
+        return jax.tree_util.tree_map_with_path(stays, updates), new
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
-def _scale_by_galore_adam(b1, b2, eps, mu_dtype, nu_dtype) -> optax.GradientTransformation:
+def scale_by_galore_adam(b1, b2, eps, mu_dtype=None, nu_dtype=None) -> optax.GradientTransformation:
     """Adam as in GaLore's code: epsilon is added before the bias correction."""
 
     def init_fn(params):

@@ -153,7 +153,9 @@ class Subspace:
                 basis, before = self._refresh_leaf(
                     matrices, plan, old, offsets.get(plan.path), first
                 )
-                bases = tuple(_after(dequantize(b), low_before) for b in basis.bases)
+                bases = tuple(dequantize(b) for b in basis.bases)
+                if low_before is not None and low_before.size:
+                    bases = tuple(in_turn(b, low_before) for b in bases)
                 projected = low = project(matrices, bases, plan)
                 low_before = low
             if last is not None:
@@ -273,15 +275,15 @@ class Subspace:
         return scale(step) if callable(scale) else scale
 
 
-def _after(basis: jax.Array, earlier: jax.Array | None) -> jax.Array:
+@jax.jit
+def in_turn(basis: jax.Array, earlier: jax.Array) -> jax.Array:
     """``basis``, in such a way that it can be used only when ``earlier`` is known.
 
     XLA:CPU would take all leaves through one operation before the next one, and so hold the
     updates of all of them in memory at once. It keeps to dependences of data alone (barriers are
-    gone by the time it orders operations), so here is one, on which no finite number depends.
+    gone by the time it orders operations), so here is one, on which no finite number depends. (It
+    is a function of its own in traced programs, by whose name it can be told from a real one.)
     """
-    if earlier is None or not earlier.size:
-        return basis
     first, largest = earlier.ravel()[0], jnp.finfo(basis.dtype).max
     return jnp.where(first != first, jnp.clip(basis, -largest, largest), basis)
 

@@ -16,6 +16,8 @@ from optax_subspace._blocks import (
     quantize,
     quantize_like,
 )
+from optax_subspace._leaves import Rules
+from optax_subspace._plan import plan
 
 
 class QuantizedWeight(Quantized):
@@ -41,15 +43,21 @@ class QuantizedWeight(Quantized):
 
 
 def quantize_weights(
-    params: optax.Params, *, block: int = 256, min_size: int = 4096, shards: int = 1
+    params: optax.Params,
+    rules: Rules | None = None,
+    *,
+    block: int = 256,
+    min_size: int = 4096,
+    shards: int = 1,
 ) -> optax.Params:
-    """Keeps each array of two or more axes and at least ``min_size`` values in int8.
+    """Keeps matrices of at least ``min_size`` values in int8.
 
-    Embeddings and output heads are arrays like others here: give a part of the tree to leave the
-    rest as it is.
+    Without rules every array of two or more axes is one, embeddings and output heads too.
 
     Args:
       params: tree of floating-point arrays.
+      rules: those of a projection, see :func:`plan`: the leaves that it would project at rank 1 are
+        the matrices, and all else stays as it is.
       block: values that share a scale, a power of two.
       min_size: smaller arrays stay as they are, and so do vectors.
       shards: number of devices that an axis may be split over.
@@ -58,8 +66,14 @@ def quantize_weights(
       The tree with :class:`QuantizedWeight` nodes in place of arrays.
     """
     layout = Layout("linear", True, block, shards)
-    fits = lambda x: jnp.ndim(x) > 1 and jnp.size(x) >= min_size
-    return jax.tree.map(lambda x: _weight(quantize(x, layout)) if fits(x) else x, params)
+    leaves, structure = jax.tree.flatten(params)
+    if rules is None:
+        matrices = [jnp.ndim(x) > 1 for x in leaves]
+    else:
+        matrices = [p.projected for p in plan(params, rules, rank=1)]
+    store = lambda x, fits: _weight(quantize(x, layout)) if fits and x.size >= min_size else x
+    stored = [store(x, fits) for x, fits in zip(leaves, matrices, strict=True)]
+    return jax.tree.unflatten(structure, stored)
 
 
 def apply_updates(

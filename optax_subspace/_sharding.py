@@ -41,7 +41,8 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       A tree of ``NamedSharding`` in the structure of ``tx.init(params)``, for ``jax.jit``.
 
     Raises:
-      ValueError: a parameter has no ``NamedSharding``, or its mesh has explicit axes.
+      ValueError: a parameter has no ``NamedSharding`` or is a :class:`QuantizedWeight`, or its
+        mesh has explicit axes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,6 +56,11 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       (P(None, 'model'), P())
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
+    if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        raise ValueError(
+            "some parameters are QuantizedWeight nodes, the state belongs to their arrays: give "
+            "the tree as it was before quantize_weights, or shapes of it with its shardings"
+        )
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     specs, mesh = {}, None
     for path, leaf in flat:

@@ -510,6 +510,8 @@ def test_aliases_take_injected_hyperparameters(alias):
     assert 1.2 < ratio < 1.8
     with pytest.raises(TypeError, match="bloc"):
         alias(0.1, storage={"bloc": 4})
+    with pytest.raises(TypeError, match=f"{alias.__name__}.* unexpected .*'mu_dtype'"):
+        alias(0.1, mu_dtype="bfloat16")
 
 
 def test_moments_of_bfloat16_weights_decay_in_float32():

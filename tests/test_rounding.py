@@ -146,6 +146,15 @@ def test_int8_weights_of_several_axes_dtypes_and_options(tmp_path):
     chex.assert_trees_all_equal(restored, stored)
 
 
+def test_rules_choose_the_weights_that_are_kept_in_int8():
+    shapes = {"kernel": (2, 8, 16), "scale": (2, 8), "embedding": (50, 8), "one_row": (1, 90)}
+    params = {k: jnp.ones(v) for k, v in shapes.items()}
+    stored = osub.quantize_weights(
+        params, [("kernel", osub.MatrixSpec(1, 2)), ("scale", None)], min_size=0
+    )
+    assert {k for k, v in stored.items() if isinstance(v, osub.QuantizedWeight)} == {"kernel"}
+
+
 def test_a_block_of_weights_that_overflows_keeps_to_itself():
     params = osub.quantize_weights({"w": jnp.ones((16, 256))})
     updates = {"w": jnp.zeros((16, 256)).at[3, 5].set(jnp.nan)}

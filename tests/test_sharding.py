@@ -149,6 +149,9 @@ def test_moments_follow_the_other_axis_and_bases_the_projected_one(found, case, 
 def test_parameters_without_a_mesh_are_refused():
     with pytest.raises(ValueError, match=r"parameter w has the sharding .*NamedSharding first"):
         osub.state_shardings(osub.galore(0.1), {"w": jnp.ones((8, 4))})
+    int8 = osub.quantize_weights({"w": jnp.ones((64, 64))})
+    with pytest.raises(ValueError, match="as it was before quantize_weights"):
+        osub.state_shardings(osub.galore(0.1), int8)
 
 
 def test_a_split_batch_axis_without_batch_split_is_warned_of():

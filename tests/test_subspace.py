@@ -292,6 +292,18 @@ def test_galore_descends_and_decays_in_full_space():
     assert not np.any(updates["b"])
 
 
+@pytest.mark.parametrize("accumulate", [None, 2])
+def test_a_leaf_whose_gradient_is_not_finite_does_not_decay(accumulate):
+    params = {"w": jnp.ones((20, 12)), "b": jnp.ones(12)}
+    tx = osub.galore(0.1, rank=4, weight_decay=0.5, accumulate=accumulate)
+    bad = {"w": params["w"].at[0, 0].set(jnp.nan), "b": jnp.zeros(12)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(accumulate or 1):
+        updates, state = update(bad, state, params)
+    assert not np.any(updates["w"])
+    np.testing.assert_allclose(updates["b"], -0.05)
+
+
 def test_galore_stores_moments_and_bases_as_asked():
     params = {"w": jnp.ones((20, 12))}
     tx = osub.galore(

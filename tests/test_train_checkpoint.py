@@ -363,6 +363,7 @@ def test_every_parameter_moves(name, few_bits):
     if few_bits == "int8":
         state = step.init_state(config, tx, jax.random.key(0), int8_weights=True)
         assert state.params["layers"]["q"]["kernel"].codes.dtype == jnp.int8
+        assert state.params["layers"]["mlp_norm"]["scale"].dtype == jnp.float32
     else:
         state = step.init_state(config, tx, jax.random.key(0))
     if name.endswith("8bit"):

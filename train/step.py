@@ -36,7 +36,7 @@ def init_state(
     params = llama.init_params(model, key)
     opt_state = optimizer.tx.init(params)
     if int8_weights:
-        params = {**params, "layers": quantize_weights(params["layers"], min_size=0)}
+        params = quantize_weights(params, llama.subspace_rules(), min_size=0)
     return State(jnp.zeros([], jnp.int32), params, opt_state)
 
 

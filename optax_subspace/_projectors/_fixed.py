@@ -8,30 +8,44 @@ import jax.numpy as jnp
 from optax_subspace._projectors._base import Projector
 
 
-def fixed(basis: jax.Array) -> Projector:
-    """A given basis, for the whole run.
+def fixed(*bases: jax.Array) -> Projector:
+    """Given bases, for the whole run.
 
     Args:
-      basis: ``(m, r)``, for the side that is projected; its columns need not be orthonormal. Leaves
-        of another shape need a rule of their own (:class:`MatrixSpec`).
+      *bases: each ``(m, r)``, for sides with ``m`` entries; columns need not be orthonormal. One
+        serves leaves of one shape, two a matrix that is projected on both sides; leaves of other
+        shapes need a rule of their own (:class:`MatrixSpec`).
 
     Returns:
       A :class:`Projector` without state.
 
     Raises:
-      ValueError: ``basis`` is no matrix; at ``update``, it does not fit the leaf.
+      ValueError: a basis is no matrix, or two have the same length; at ``init``, none has the shape
+        that a leaf's side and rank ask for.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> rule = fixed(jnp.eye(6)[:, :2])
-      >>> rule.update(jnp.ones((6, 4)), jnp.zeros((6, 2)), ())[0].shape
-      (6, 2)
+      >>> import jax, jax.numpy as jnp
+      >>> rule = fixed(jnp.eye(6)[:, :2], jnp.eye(4)[:, 2:])
+      >>> state = rule.init(jax.random.key(0), 4, 6, 2)
+      >>> rule.update(jnp.ones((4, 6)), jnp.zeros((4, 2)), state)[0].tolist()
+      [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
     """
-    basis = jnp.asarray(basis)
-    if basis.ndim != 2:
-        raise ValueError(f"fixed: basis must have shape (m, r), got {basis.shape}")
-    return Projector(
-        init=lambda key, m, n, rank: (),
-        update=lambda gradient, previous, state: (basis.astype(gradient.dtype), state),
-        every=None,
-    )
+    shapes = [jnp.shape(b) for b in bases]
+    if not bases or any(len(s) != 2 for s in shapes) or len({s[0] for s in shapes}) < len(shapes):
+        raise ValueError(
+            f"fixed: give bases of shape (m, r), no two with the same m, got {shapes or 'none'}"
+        )
+    by_length = {s[0]: jnp.asarray(b) for s, b in zip(shapes, bases, strict=True)}
+
+    def init(key, m, n, rank):
+        if (m, rank) not in shapes:
+            raise ValueError(
+                f"fixed: a leaf asks for a basis of shape {(m, rank)}, given are {shapes}: give "
+                "one that fits, or the leaf a rule with a projector of its own"
+            )
+        return ()
+
+    def update(gradient, previous, state):
+        return by_length[gradient.shape[0]].astype(gradient.dtype), state
+
+    return Projector(init=init, update=update, every=None)
