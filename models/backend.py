@@ -17,11 +17,12 @@ _MAX_UNROLLED_LAYERS = 8
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """Implementations in use: names of `models.attention` and `models.losses`, blocks per scan
-    iteration."""
+    iteration, and tokens whose logits the fused loss has at once."""
 
     attention: str
     loss: str
     unroll: int
+    loss_chunk: int = 256
 
 
 def choose(config: LlamaConfig, backend: str | None = None) -> Choice:
@@ -35,7 +36,7 @@ def choose(config: LlamaConfig, backend: str | None = None) -> Choice:
       A `Choice` without any `auto`.
 
     >>> choose(LlamaConfig(num_layers=24), backend="gpu")
-    Choice(attention='dot_product', loss='logits', unroll=1)
+    Choice(attention='dot_product', loss='logits', unroll=1, loss_chunk=256)
     >>> choose(LlamaConfig(attention="einsum"), backend="cpu").attention
     'einsum'
     """
@@ -46,8 +47,12 @@ def choose(config: LlamaConfig, backend: str | None = None) -> Choice:
     else:
         # Flash attention (cuDNN) where the dtype allows it; XLA's fusions do the rest.
         auto = Choice("dot_product", "logits", 1)
+    loss: str = config.loss
+    if loss == "auto":
+        loss = auto.loss if config.loss_chunk is None else "fused"
     return Choice(
         attention=auto.attention if config.attention == "auto" else config.attention,
-        loss=auto.loss if config.loss == "auto" else config.loss,
+        loss=loss,
         unroll=auto.unroll if config.unroll == "auto" else config.unroll,
+        loss_chunk=auto.loss_chunk if config.loss_chunk is None else config.loss_chunk,
     )

@@ -34,6 +34,8 @@ class LlamaConfig:
       initializer_range: standard deviation of the initial kernels and embedding.
       attention: implementation of attention; `auto` chooses by back end (`models.backend`).
       loss: implementation of the cross-entropy; `auto` chooses by back end.
+      loss_chunk: tokens whose logits exist at once in the fused cross-entropy, which `auto` is if
+        this is given; `None` chooses by back end.
       unroll: blocks per iteration of the scan over layers; `num_layers` or more is no scan at all;
         `auto` chooses by back end.
 
@@ -62,6 +64,7 @@ class LlamaConfig:
     initializer_range: float = 0.02
     attention: Attention = "auto"
     loss: Loss = "auto"
+    loss_chunk: int | None = None
     unroll: int | Literal["auto"] = "auto"
 
     def __post_init__(self):
@@ -69,6 +72,13 @@ class LlamaConfig:
             _check_count(name, getattr(self, name))
         if self.num_kv_heads is not None:
             _check_count("num_kv_heads", self.num_kv_heads)
+        if self.loss_chunk is not None:
+            _check_count("loss_chunk", self.loss_chunk, "or None")
+            if self.loss == "logits":
+                raise ValueError(
+                    f"loss_chunk={self.loss_chunk} has no meaning with loss='logits', which has "
+                    "all logits at once; choose loss='fused' or 'auto'"
+                )
         if self.unroll != "auto":
             _check_count("unroll", self.unroll, "or 'auto'")
         if self.hidden_size % self.num_heads:

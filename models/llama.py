@@ -186,7 +186,10 @@ def head_loss(
     weights = jnp.ones(targets.shape, bool) if mask is None else mask
     weights = weights.astype(jnp.float32)
     count = jnp.sum(weights)
-    total = losses.IMPLEMENTATIONS[backend.choose(config).loss]
+    choice = backend.choose(config)
+    total = losses.logits
+    if choice.loss == "fused":
+        total = functools.partial(losses.fused, chunk=choice.loss_chunk)
     flat = x.reshape(-1, x.shape[-1]), kernel, targets.reshape(-1), weights.reshape(-1)
     return total(*flat) / jnp.maximum(count, 1.0), count
 
@@ -293,11 +296,12 @@ def pieces(config: LlamaConfig) -> Pieces:
 def subspace_rules() -> tuple[tuple[str, Any], ...]:
     """Rules for `optax_subspace`: the seven stacked kernels are matrices, all else is left alone.
 
-    Axis 0 of a kernel is the layer; input features are the reduction axis.
+    Input features are the reduction axis. Axes are counted from the end, so that the rules serve
+    the stack, whose axis 0 is the layer, and one layer of it.
     """
     from optax_subspace import MatrixSpec
 
-    kernel = MatrixSpec(reduction_axis=1, output_axis=2)
+    kernel = MatrixSpec(reduction_axis=-2, output_axis=-1)
     return (r"layers/(q|k|v|o|gate|up|down)/kernel", kernel), (r".*", None)
 
 

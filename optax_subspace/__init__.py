@@ -11,7 +11,15 @@ from optax_subspace._chaining import (
     subspace_project,
 )
 from optax_subspace._describe import Description, describe
+from optax_subspace._layerwise import (
+    FusedMetrics,
+    FusedState,
+    FusedStep,
+    LossScale,
+    fused_backward,
+)
 from optax_subspace._leaves import LeafPlan, MatrixSpec
+from optax_subspace._lomo import adalomo, lomo
 from optax_subspace._metrics import SubspaceMetrics, subspace_metrics
 from optax_subspace._plan import plan
 from optax_subspace._projection_state import LeafBasis, ProjectionState
@@ -36,10 +44,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Description",
+    "FusedMetrics",
+    "FusedState",
+    "FusedStep",
     "InSubspaceState",
     "Layout",
     "LeafBasis",
     "LeafPlan",
+    "LossScale",
     "MatrixSpec",
     "ProjectionState",
     "Projector",
@@ -48,16 +60,19 @@ __all__ = [
     "QuantizedWeight",
     "SubspaceMetrics",
     "SubspaceState",
+    "adalomo",
     "adamw8bit",
     "adaptive_period",
     "apply_updates",
     "dequantize",
     "describe",
     "fixed",
+    "fused_backward",
     "galore",
     "galore_adamw8bit",
     "history_pca",
     "in_subspace",
+    "lomo",
     "oja",
     "online_pca",
     "online_subspace_adamw8bit",

@@ -26,7 +26,7 @@ from optax_subspace._projection_state import (
     check_unique,
 )
 from optax_subspace._projectors import Projector, svd
-from optax_subspace._projectors._base import check_count
+from optax_subspace._projectors._base import check_count, key_of
 from optax_subspace._refresh import Turn, follow, joined, refresh
 
 MOMENTS = ("keep", "project", "reset")
@@ -34,6 +34,8 @@ MOMENTS = ("keep", "project", "reset")
 _NEVER = np.iinfo(np.int32).max
 # Of the share r / m that a random basis holds: below that part the gradient has left the basis.
 _LOST = 0.1
+# The name of the function below in traced programs.
+IN_TURN = "in_turn"
 
 
 class Subspace:
@@ -108,7 +110,7 @@ class Subspace:
                 f"parameter {plan.path}: moments='reset' with a projector that follows every "
                 "gradient would forget the moments at every step: use 'keep' or 'project'"
             )
-        key = jax.random.fold_in(jax.random.key(self.seed), index)
+        key = jax.random.fold_in(key_of(self.seed), index)
         slices = int(np.prod(plan.batch_shape, dtype=int))
         states = []
         for number, side in enumerate(plan.sides):

@@ -18,7 +18,7 @@ from optax_subspace._inner_state import holds_squares
 from optax_subspace._leaves import path_name
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import ProjectionState
-from optax_subspace._projectors._base import check_count
+from optax_subspace._projectors._base import check_count, key_of
 
 
 class QuantizedState(NamedTuple):
@@ -113,7 +113,7 @@ def quantize_state(
         stays = lambda node: isinstance(node, ProjectionState) or _is_variable(node)
         stored = jax.tree_util.tree_map_with_path(store, state, is_leaf=stays)
         _check_rules(compiled, matched, state, bool(jax.tree.leaves(params)))
-        key = jax.random.key(seed) if stochastic_rounding else None
+        key = key_of(seed) if stochastic_rounding else None
         return QuantizedState(stored, key)
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -279,7 +279,7 @@ class TestParameters:
     def test_rules_take_the_seven_kernels(self):
         pytest.importorskip("optax_subspace")
         (kernels, spec), (others, none) = subspace_rules()
-        assert (spec.reduction_axis, spec.output_axis) == (1, 2)
+        assert (spec.reduction_axis, spec.output_axis) == (-2, -1)
         assert none is None
         flat, _ = jax.tree_util.tree_flatten_with_path(params_of(SMALL))
         names = ["/".join(key.key for key in path) for path, _ in flat]

@@ -130,3 +130,68 @@ def test_equals_optax_contrib_galore(every, method):
         u, state = update(noisy_gradients(step), state)
         for name in SHAPES:
             assert relative(u[name], their_updates[step][name]) < 1e-5, (step, name)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["lomo", "adalomo"])
+def test_equals_the_published_lomo(name, weight_decay):
+    with np.load(GOLDEN.with_name("lomo.npz")) as file:
+        golden = dict(file)
+    tag = f"{name}_wd{weight_decay:g}"
+    start = {k.removeprefix("init/"): v for k, v in golden.items() if k.startswith("init/")}
+    tx = getattr(osub, name)(0.05, weight_decay=weight_decay)
+    params = jax.tree.map(jnp.asarray, start)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(8):
+        x, y = golden["X"][step], golden["Y"][step]
+        loss, gradients = jax.value_and_grad(lomo_loss)(params, x, y)
+        np.testing.assert_allclose(loss, golden[f"{tag}/loss"][step], rtol=1e-5)
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        for k, value in params.items():
+            assert relative(value, golden[f"{tag}/params/{k}"][step]) < 1e-5, (step, k)
+
+
+def lomo_loss(params, x, y):
+    hidden = jnp.tanh(x @ params["0.weight"].T + params["0.bias"])
+    return jnp.mean((hidden @ params["2.weight"].T + params["2.bias"] - y) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("tag", "options"),
+    [
+        ("lomo_clipnorm0.5", {"clip_norm": 0.5}),
+        ("lomo_clipval0.05", {"clip_value": 0.05}),
+        ("adalomo_clipnorm0.5", {"clip_norm": 0.5}),
+    ],
+)
+def test_fused_clipping_equals_the_published_lomo(tag, options):
+    """The first layer as the embedding, the second one as the head, and nothing between."""
+    with np.load(GOLDEN.with_name("lomo.npz")) as file:
+        golden = dict(file)
+    tx = getattr(osub, tag.split("_")[0])(0.05)
+    fused = osub.fused_backward(
+        lambda rest, batch: jnp.tanh(batch[0] @ rest["0"]["weight"].T + rest["0"]["bias"]),
+        lambda layer, x: x + 0 * jnp.sum(layer),
+        lambda rest, x, batch: jnp.mean(
+            (x @ rest["2"]["weight"].T + rest["2"]["bias"] - batch[1]) ** 2
+        ),
+        tx,
+        **options,
+    )
+    of = lambda name: {k: jnp.asarray(golden[f"init/{name}.{k}"]) for k in KINDS}
+    params = {"0": of("0"), "2": of("2"), "layers": jnp.ones((1, 2))}
+    state, step = fused.init(params), jax.jit(fused.step)
+    for i in range(8):
+        params, state, metrics = step(params, state, (golden["X"][i], golden["Y"][i]))
+        np.testing.assert_allclose(metrics.loss, golden[f"{tag}/loss"][i], rtol=1e-5)
+        if "clip_norm" in options:
+            coefficient = min(1, 0.5 / float(metrics.grad_norm))
+            np.testing.assert_allclose(coefficient, golden[f"{tag}/clip_coef"][i], rtol=1e-5)
+        for name in ("0", "2"):
+            for kind in KINDS:
+                expected = golden[f"{tag}/params/{name}.{kind}"][i]
+                assert relative(params[name][kind], expected) < 1e-5
+
+
+KINDS = ("weight", "bias")

@@ -298,13 +298,14 @@ def test_skipped_and_turned_moments_in_blocks():
     for moments in ("project", "reset"):
         tx, exact = make(stored, moments), make(optax.scale_by_adam(), moments)
         state, expected = tx.init({"w": gradients[0]}), exact.init({"w": gradients[0]})
+        update, update_exact = jax.jit(tx.update), jax.jit(exact.update)
         for gradient in gradients:
-            _, state = tx.update({"w": gradient}, state)
-            _, expected = exact.update({"w": gradient}, expected)
+            _, state = update({"w": gradient}, state)
+            _, expected = update_exact({"w": gradient}, expected)
         mu = osub.dequantize(state.inner.inner.mu)["w"]
         away = jnp.linalg.norm(mu - expected.inner.mu["w"])
         assert away < 0.03 * jnp.linalg.norm(expected.inner.mu["w"])
-    _, same = tx.update({"w": gradients[0].at[0, 0].set(jnp.nan)}, state)
+    _, same = update({"w": gradients[0].at[0, 0].set(jnp.nan)}, state)
     chex.assert_trees_all_equal(same.inner.inner.mu, state.inner.inner.mu)
 
 
@@ -445,7 +446,7 @@ def test_auto_counts_the_bytes_of_codes():
 
 @pytest.mark.parametrize("code", ["dynamic", "dynamic4", "float8_e4m3fn"])
 def test_orbax_round_trip_and_another_code(code, tmp_path):
-    params = trees.params()
+    params = {k: v for k, v in trees.params().items() if k in ("tall", "bias")}
     make = lambda code: osub.galore(
         0.1,
         4,
@@ -455,7 +456,7 @@ def test_orbax_round_trip_and_another_code(code, tmp_path):
         ),
     )
     tx = make(code)
-    _, state = tx.update(params, tx.init(params), params)
+    _, state = jax.jit(tx.update)(params, tx.init(params), params)
     with ocp.StandardCheckpointer() as saver:
         saver.save(tmp_path / "state", state)
         saver.wait_until_finished()

@@ -241,7 +241,7 @@ def test_float64_stays_float64():
     with jax.enable_x64(True):
         params = {"w": jnp.asarray(np.asarray(trees.params()["tall"], np.float64))}
         tx = pure(rules=None)
-        updates, state = tx.update(trees.grads(params), tx.init(params), params)
+        updates, state = jax.jit(tx.update)(trees.grads(params), tx.init(params), params)
         assert updates["w"].dtype == state.inner.mu["w"].dtype == jnp.float64
         basis = state.projection.leaves["w"].bases[0]
         np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-12)

@@ -25,11 +25,15 @@ class OptimizerConfig:
         "online_subspace_adamw8bit",
         "adamw",
         "adamw8bit",
+        "lomo",
+        "adalomo",
     ] = "galore"
     """galore: Adam in a low-rank subspace of each gradient; online_subspace_descent: in one that
-    follows every gradient; adamw: the full-rank baseline; 8bit: with moments in 8 bits"""
+    follows every gradient; adamw: the full-rank baseline; 8bit: with moments in 8 bits; lomo:
+    gradient descent; adalomo: with factored second moments, in the fused backward pass alone"""
     learning_rate: float | None = None
-    """Peak of the schedule; None is the optimizer's own, 0.003 for adamw and 0.01 in a subspace"""
+    """Peak of the schedule; None is the optimizer's own: 0.01 in a subspace, 0.003 for adamw, 0.5
+    for lomo, 0.01 for adalomo"""
     rank: int = 32
     """In a subspace: its dimension"""
     every: int = 50
@@ -50,8 +54,9 @@ class OptimizerConfig:
     """Added to the root of the second moment"""
     weight_decay: float = 0.0
     """Decoupled weight decay, on all parameters"""
-    clip_norm: float = 1.0
-    """Global norm to which gradients are clipped"""
+    clip_norm: float | None = 1.0
+    """Global norm to which gradients are clipped; None does not clip, which saves the fused
+    backward pass its first walk"""
     warmup_fraction: float = 0.1
     """Share of the steps in which the learning rate rises linearly"""
     final_fraction: float = 0.1
@@ -60,6 +65,7 @@ class OptimizerConfig:
 
 GALORE = ("galore", "galore_adamw8bit")
 SUBSPACE = (*GALORE, "online_subspace_descent", "online_subspace_adamw8bit")
+ADAMW = ("adamw", "adamw8bit")
 EIGHT_BIT = ("galore_adamw8bit", "online_subspace_adamw8bit", "adamw8bit")
 
 # Fields that some optimizers alone read: giving them to another one is refused.
@@ -67,9 +73,15 @@ READ_BY = {
     **dict.fromkeys(("rank", "scale", "side", "projector_dtype"), SUBSPACE),
     "every": GALORE,
     "code": EIGHT_BIT,
+    **dict.fromkeys(("b1", "b2", "eps"), (*SUBSPACE, *ADAMW)),
 }
 
-DEFAULT_LEARNING_RATE = {**dict.fromkeys(SUBSPACE, 0.01), "adamw": 0.003, "adamw8bit": 0.003}
+DEFAULT_LEARNING_RATE = {
+    **dict.fromkeys(SUBSPACE, 0.01),
+    **dict.fromkeys(ADAMW, 0.003),
+    "lomo": 0.5,
+    "adalomo": 0.01,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +119,9 @@ class TrainConfig:
     """Batches in such an evaluation"""
     int8_weights: bool = False
     """Keep the kernels of the layers in int8, with a scale for each 256 values"""
+    fused_backward: bool = False
+    """Update each layer within the backward pass, so that the gradient tree never exists; with
+    --model.remat each block is computed anew there"""
     stochastic_rounding: bool = True
     """Round new weights of bfloat16, float16 or int8 such that small steps count in the mean"""
 
@@ -165,6 +180,8 @@ def validate(config: Config) -> None:
             raise UsageError(f"--{key} {value}: give a whole number of at least {fewest}{limit}")
     for key, (low, high, closed) in _RANGES.items():
         number = get(config, key)
+        if number is None and key == "optimizer.clip_norm":
+            continue
         least = low if closed else max(low, _FLOAT32_TINY)
         if number is None or not least <= number <= high:
             words = f"at least {low:g}" if closed else f"above {low:g}"
@@ -175,6 +192,11 @@ def validate(config: Config) -> None:
     for key in ("optimizer.b1", "optimizer.b2"):
         if get(config, key) >= 1:
             raise UsageError(f"--{key} {get(config, key)}: give a number below 1, e.g. 0.9")
+    if config.optimizer.name == "adalomo" and not config.train.fused_backward:
+        raise UsageError(
+            "--optimizer.name adalomo: takes each layer's matrices one by one, which only the "
+            "fused backward pass does here; add --train.fused_backward"
+        )
     if config.data.validation_fraction >= 1:
         raise UsageError(
             f"--data.validation_fraction {config.data.validation_fraction}: leaves nothing to "

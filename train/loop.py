@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.llama import pieces
 from optax_subspace import dequantize
 from train import batches, corpus, devices, memory, records, report, rundir
 from train.checkpoint import Checkpoints, fingerprint
@@ -26,6 +27,7 @@ from train.step import (
     all_finite,
     init_state,
     make_eval_step,
+    make_fused,
     make_loss,
     make_subspace_step,
     make_train_step,
@@ -51,10 +53,12 @@ def run(command: Command) -> None:
     windows = batches.training(
         data, config.train.batch_size, config.train.sequence_length, config.train.seed
     )
-    optimizer = make(config.optimizer, config.train.steps)
+    is_fused, int8 = config.train.fused_backward, config.train.int8_weights
+    optimizer = make(config.optimizer, config.train.steps, is_fused)
     key = jax.random.key(config.train.seed)
-    int8 = config.train.int8_weights
-    initial = jax.jit(lambda key: init_state(config.model, optimizer, key, int8))
+    seed = config.train.seed if config.train.stochastic_rounding else None
+    fused = make_fused(config.model, optimizer, seed) if is_fused else None
+    initial = jax.jit(lambda key: init_state(config.model, optimizer, key, int8, fused))
     shapes = jax.eval_shape(initial, key)
 
     screen.say(
@@ -66,10 +70,12 @@ def run(command: Command) -> None:
     batch = jax.ShapeDtypeStruct(window_shape, jnp.int32)
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
-    seed = config.train.seed if config.train.stochastic_rounding else None
-    train_step = make_train_step(config.model, optimizer, seed).lower(shapes, batch).compile()
-    predicted = memory.predict(shapes, batch, make_loss(config.model))
-    report.print_memory(screen, predicted, memory.measure(train_step, shapes))
+    jitted = make_train_step(config.model, optimizer, seed, fused)
+    train_step = jitted.lower(shapes, batch).compile()
+    loss_fn = make_loss(config.model)
+    parts = pieces(config.model) if is_fused else None
+    predicted = memory.predict(shapes, batch, loss_fn, parts, config.model.remat)
+    report.print_memory(screen, predicted, memory.measure(train_step, shapes), is_fused)
 
     place, lock = place.open(command)
     checkpoints = Checkpoints(
@@ -163,7 +169,10 @@ class Trainer:
         if late is None:
             return
         config, (step, metrics) = self.config, late
-        loss, grad_norm, rate = (float(value) for value in metrics)
+        loss, grad_norm, rate, skipped = (float(value) for value in metrics)
+        if skipped:
+            # Float16 overflowed: there is no norm, and the loss scale is smaller now.
+            grad_norm = 0.0
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
             raise DivergedError(self._diverged(step, f"the {name} is {value}"))
@@ -178,6 +187,7 @@ class Trainer:
                     "grad_norm": grad_norm,
                     "learning_rate": rate,
                     "effective_learning_rate": rate * self.optimizer.scale,
+                    "skipped": bool(skipped),
                 }
             )
         steps = config.train.steps
@@ -207,7 +217,8 @@ class Trainer:
             f"step {step:,}: validation loss {loss:.3f}, perplexity {report.perplexity(loss):.1f} "
             f"({tokens:,} tokens)"
         )
-        if self.optimizer.projects:
+        # (In a fused backward pass there is no gradient tree to measure.)
+        if self.optimizer.projects and not self.config.train.fused_backward:
             found = self.subspace_step(state, batch)._asdict()
             row = {k: v.item() for k, v in found.items()}
             self.metrics.write({"kind": "subspace", "step": step, **row})

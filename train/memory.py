@@ -8,6 +8,7 @@ import jax
 import optax
 from jax.extend.core import Var
 
+from models.llama import Pieces
 from optax_subspace import dequantize
 from train.step import State
 
@@ -19,7 +20,7 @@ class Predicted(NamedTuple):
     """Bytes that follow from shapes and dtypes alone."""
 
     weights: int
-    gradients: int  # one full tree in the weights' dtypes; of int8 weights, as dequantized
+    gradients: int  # one full tree, in a fused step of its largest part; of int8 weights, as arrays
     activations: int  # kept for the backward pass; a block that is recomputed is not counted
     optimizer_state: int
     adamw_state: int  # what full-rank AdamW would keep for the same weights
@@ -62,16 +63,34 @@ class Measured(NamedTuple):
         return self.arguments + self.outputs - self.shared + self.temporaries
 
 
-def predict(state: State, windows: Any, loss_fn: Callable[[Any, Any], Any]) -> Predicted:
+def predict(
+    state: State,
+    windows: Any,
+    loss_fn: Callable[[Any, Any], Any],
+    parts: Pieces | None = None,
+    remat: bool = False,
+) -> Predicted:
     """Bytes by part; `state` and `windows` may be shapes only.
 
-    `loss_fn` is the function of parameters and windows that the step differentiates.
+    `loss_fn` is the function of parameters and windows that the step differentiates. A fused
+    backward pass takes the model by its `parts`, and keeps of its layers their inputs alone with
+    `remat`.
     """
     arrays = jax.eval_shape(dequantize, state.params)
+    if parts is None:
+        gradients, activations = tree_bytes(arrays), _saved_bytes(loss_fn, arrays, windows)
+    else:
+        layers = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p["layers"]), arrays)
+        rest = [part for name, part in arrays.items() if name != "layers"]
+        gradients = max(map(tree_bytes, [layers, *rest]))
+        x = jax.eval_shape(lambda p, w: parts.embed(p, w[:, :-1]), arrays, windows)
+        one = _saved_bytes(lambda layer, x: parts.block(layer, x), layers, x)
+        count = jax.tree.leaves(arrays["layers"])[0].shape[0]
+        activations = count * tree_bytes(x) + one if remat else count * one
     return Predicted(
         weights=tree_bytes(state.params),
-        gradients=tree_bytes(arrays),
-        activations=_saved_bytes(loss_fn, arrays, windows),
+        gradients=gradients,
+        activations=activations,
         optimizer_state=tree_bytes(state.opt_state),
         adamw_state=tree_bytes(jax.eval_shape(_ADAMW.init, arrays)),
         batch=tree_bytes((windows, state.step)),

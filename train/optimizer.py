@@ -9,9 +9,11 @@ import optax
 
 from models.llama import subspace_rules
 from optax_subspace import (
+    adalomo,
     adamw8bit,
     galore,
     galore_adamw8bit,
+    lomo,
     online_subspace_adamw8bit,
     online_subspace_descent,
 )
@@ -27,10 +29,14 @@ class Optimizer(NamedTuple):
     schedule: Schedule  # step, counted from 0 -> learning rate
     scale: float  # learning rate x scale is the effective rate of projected matrices
     projects: bool
+    clip_norm: float | None  # what the step has to clip gradients to, where tx does not
 
 
-def make(config: OptimizerConfig, steps: int) -> Optimizer:
-    """Clipping by global norm, then the named optimizer under the warm-up and cosine schedule."""
+def make(config: OptimizerConfig, steps: int, fused: bool = False) -> Optimizer:
+    """Clipping by global norm, then the named optimizer under the warm-up and cosine schedule.
+
+    In the fused backward pass no transformation sees all gradients: the step clips.
+    """
     assert config.learning_rate is not None, "train.config.resolve fills it in"
     schedule = warmup_cosine(
         config.learning_rate, steps, config.warmup_fraction, config.final_fraction
@@ -66,9 +72,15 @@ def make(config: OptimizerConfig, steps: int) -> Optimizer:
             inner = optax.adamw(schedule, **adam, weight_decay=config.weight_decay)
         case "adamw8bit":
             inner = adamw8bit(schedule, **adam, weight_decay=config.weight_decay, storage=storage)
+        case "lomo":
+            inner = lomo(schedule, weight_decay=config.weight_decay)
+        case "adalomo":
+            inner = adalomo(schedule, weight_decay=config.weight_decay)
     scale = config.scale if projects else 1.0
+    if fused or config.clip_norm is None:
+        return Optimizer(inner, schedule, scale, projects, config.clip_norm)
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
-    return Optimizer(tx, schedule, scale, projects)
+    return Optimizer(tx, schedule, scale, projects, None)
 
 
 def warmup_cosine(

@@ -17,13 +17,15 @@ from train.screen import Screen
 def print_projection(screen: Screen, optimizer: Optimizer, params: Any) -> None:
     """The table of parameters: path, shape, side and rank."""
     if not optimizer.projects:
-        screen.say("Nothing is projected: there are two moments of every parameter's shape.")
+        screen.say("Nothing is projected: the optimizer works at full rank.")
         return
     screen.say("What is projected:")
     screen.say(str(describe(params, optimizer.tx)))
 
 
-def print_memory(screen: Screen, predicted: Predicted, measured: Measured | None) -> None:
+def print_memory(
+    screen: Screen, predicted: Predicted, measured: Measured | None, fused: bool = False
+) -> None:
     """The table of memory, predicted and as compiled."""
     share = predicted.optimizer_state / predicted.adamw_state
 
@@ -44,7 +46,7 @@ def print_memory(screen: Screen, predicted: Predicted, measured: Measured | None
             f"AdamW's would be {mebibytes(predicted.adamw_state)} (this is {share:.1%})",
         ),
         row("batch and counter", "batch"),
-        row("gradients", "gradients", "one full tree"),
+        row("gradients", "gradients", "of the largest part" if fused else "one full tree"),
         row("activations", "activations", "kept for the backward pass"),
         row("temporaries", "temporaries", "gradients, activations and, compiled, all other work"),
         row("= peak of a step", "total"),

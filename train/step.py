@@ -9,7 +9,15 @@ import optax
 
 from models import llama
 from models.config import LlamaConfig
-from optax_subspace import apply_updates, dequantize, quantize_weights, subspace_metrics
+from optax_subspace import (
+    FusedStep,
+    LossScale,
+    apply_updates,
+    dequantize,
+    fused_backward,
+    quantize_weights,
+    subspace_metrics,
+)
 from train.optimizer import Optimizer
 
 
@@ -27,17 +35,41 @@ class Metrics(NamedTuple):
     loss: jax.Array  # before the update
     grad_norm: jax.Array  # before clipping
     learning_rate: jax.Array
+    skipped: jax.Array  # 1 if float16 overflowed, so that the step changed nothing
 
 
 def init_state(
-    model: LlamaConfig, optimizer: Optimizer, key: jax.Array, int8_weights: bool = False
+    model: LlamaConfig,
+    optimizer: Optimizer,
+    key: jax.Array,
+    int8_weights: bool = False,
+    fused: FusedStep | None = None,
 ) -> State:
     """The state before the first step; under `jax.eval_shape` nothing is allocated."""
     params = llama.init_params(model, key)
-    opt_state = optimizer.tx.init(params)
+    opt_state = (fused or optimizer.tx).init(params)
     if int8_weights:
-        params = quantize_weights(params, llama.subspace_rules(), min_size=0)
+        # Layer by layer, so that each can be taken out of the stack.
+        rules = llama.subspace_rules()
+        store = lambda layer: quantize_weights({"layers": layer}, rules, min_size=0)["layers"]
+        params = {**params, "layers": jax.vmap(store)(params["layers"])}
     return State(jnp.zeros([], jnp.int32), params, opt_state)
+
+
+def make_fused(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None) -> FusedStep:
+    """The model's parts and the optimizer in a fused backward pass."""
+    parts = llama.pieces(model)
+    return fused_backward(
+        lambda rest, windows: parts.embed(rest, windows[:, :-1]),
+        parts.block,
+        lambda rest, x, windows: parts.loss(rest, x, windows[:, 1:], None)[0],
+        optimizer.tx,
+        clip_norm=optimizer.clip_norm,
+        grad_norm=True,
+        remat=model.remat,
+        loss_scale=LossScale() if model.dtype == "float16" else None,
+        seed=seed,
+    )
 
 
 def make_loss(model: LlamaConfig) -> Callable[[Any, jax.Array], jax.Array]:
@@ -48,12 +80,24 @@ def make_loss(model: LlamaConfig) -> Callable[[Any, jax.Array], jax.Array]:
     )[0]
 
 
-def make_train_step(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None) -> Any:
+def make_train_step(
+    model: LlamaConfig,
+    optimizer: Optimizer,
+    seed: int | None = None,
+    fused: FusedStep | None = None,
+) -> Any:
     """A jitted function of the state, which is donated, and of windows (B, S + 1) int32.
 
-    With a `seed` weights of few bits are rounded stochastically.
+    With a `seed` weights of few bits are rounded stochastically; a `fused` step has its own.
     """
     loss_fn = make_loss(model)
+
+    def fused_train_step(state: State, windows: jax.Array) -> tuple[State, Metrics]:
+        assert fused is not None
+        params, opt_state, found = fused.step(state.params, state.opt_state, windows)
+        rate = optimizer.schedule(state.step)
+        metrics = Metrics(found.loss, found.grad_norm, rate, found.skipped)
+        return State(state.step + 1, params, opt_state), metrics
 
     def train_step(state: State, windows: jax.Array) -> tuple[State, Metrics]:
         weights = dequantize(state.params)
@@ -62,10 +106,11 @@ def make_train_step(model: LlamaConfig, optimizer: Optimizer, seed: int | None =
         # A function of the step alone, so that a resumed run draws the same.
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
         params = apply_updates(state.params, updates, key=key)
-        metrics = Metrics(loss, optax.tree.norm(gradients), optimizer.schedule(state.step))
+        rate, norm = optimizer.schedule(state.step), optax.tree.norm(gradients)
+        metrics = Metrics(loss, norm, rate, jnp.zeros([]))
         return State(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(fused_train_step if fused else train_step, donate_argnums=0)
 
 
 class SubspaceSummary(NamedTuple):

@@ -71,3 +71,16 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+# The axis of `jax.vmap` over which the layers of a fused backward pass are initialised.
+LAYER_AXIS = "layers of fused_backward"
+
+
+def key_of(seed: int) -> jax.Array:
+    """The random key of a seed, another one for each layer where they are initialised at once."""
+    key = jax.random.key(seed)
+    try:
+        return jax.random.fold_in(key, jax.lax.axis_index(LAYER_AXIS))
+    except NameError:  # there is no such axis around
+        return key

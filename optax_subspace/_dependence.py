@@ -1,0 +1,127 @@
+"""Which gradients each leaf's update depends on, read off the traced update."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from optax_subspace._bases import IN_TURN
+from optax_subspace._leaves import path_name
+
+_Leaves = frozenset[int]  # indices of the gradients that a value depends on
+_NONE: _Leaves = frozenset()
+
+
+def check_leaves_apart(tx: optax.GradientTransformation, params: Any, remedy: str) -> None:
+    """Raises if the update of one leaf depends on the gradient or weight of another.
+
+    Args:
+      tx: the transformation.
+      params: a tree; only shapes are read.
+      remedy: the end of the message.
+
+    Raises:
+      ValueError: naming the transformation that mixes leaves, and two of them.
+    """
+    tx = optax.with_extra_args_support(tx)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    state = jax.eval_shape(lambda p: tx.init(p), params)
+    traced = jax.make_jaxpr(lambda g, p, s: tx.update(g, s, p))(params, params, state)
+    count = len(jax.tree.leaves(params))
+    own = [frozenset([i]) for i in range(count)]
+    in_state: list[_Leaves] = [_NONE] * len(jax.tree.leaves(state))
+    while True:  # until the state depends on no more leaves than a step before
+        mixing: list[tuple[_Leaves, JaxprEqn]] = []
+        out = flow(traced.jaxpr, [*own, *own, *in_state], mixing)
+        updates, after = out[:count], out[count:]
+        grown = [a | b for a, b in zip(in_state, after, strict=True)]
+        if grown == in_state:
+            break
+        in_state = grown
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for i, leaves in enumerate(updates):
+        for other in sorted(leaves - {i}):
+            names = (_name(eqn) for found, eqn in mixing if found <= leaves)
+            culprit = next((name for name in names if name), "the transformation")
+            raise ValueError(
+                f"{culprit} mixes leaves: the update of {paths[i]} depends on {paths[other]}, "
+                f"whose gradient does not exist at the same time; {remedy}"
+            )
+
+
+def flow(
+    jaxpr: Jaxpr, leaves_in: Sequence[_Leaves], mixing: list[tuple[_Leaves, JaxprEqn]]
+) -> list[_Leaves]:
+    """The leaves that each output of a program depends on; where they meet goes to ``mixing``."""
+    known: dict[Any, _Leaves] = dict(zip(jaxpr.invars, leaves_in, strict=True))
+    read = lambda x: _NONE if isinstance(x, Literal) else known.get(x, _NONE)
+    for eqn in jaxpr.eqns:
+        inputs = [read(x) for x in eqn.invars]
+        results = _through(eqn, inputs, mixing)
+        for var, leaves in zip(eqn.outvars, results, strict=True):
+            known[var] = leaves
+            if len(leaves) > 1 and not any(len(x) > 1 for x in inputs):
+                mixing.append((leaves, eqn))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _through(
+    eqn: JaxprEqn, inputs: list[_Leaves], mixing: list[tuple[_Leaves, JaxprEqn]]
+) -> list[_Leaves]:
+    """The leaves that each result of an equation depends on."""
+    name, params = eqn.primitive.name, eqn.params
+    if params.get("name") == IN_TURN:  # orders the leaves' work, and passes no number on
+        return inputs[:1]
+    if name == "cond":
+        chosen, operands = inputs[0], inputs[1:]
+        branches = [flow(b.jaxpr, operands, mixing) for b in params["branches"]]
+        return [frozenset().union(chosen, *parts) for parts in zip(*branches, strict=True)]
+    if name == "while":
+        a, b = params["cond_nconsts"], params["body_nconsts"]
+        test, body, carry = inputs[:a], inputs[a : a + b], inputs[a + b :]
+
+        def turn(carry: list[_Leaves]) -> list[_Leaves]:
+            again = flow(params["cond_jaxpr"].jaxpr, [*test, *carry], mixing)[0]
+            return [x | again for x in flow(params["body_jaxpr"].jaxpr, [*body, *carry], mixing)]
+
+        return _until_settled(turn, carry)
+    if name == "scan":
+        k, c = params["num_consts"], params["num_carry"]
+        results: list[_Leaves] = []
+
+        def step(carry: list[_Leaves]) -> list[_Leaves]:
+            operands = [*inputs[:k], *carry, *inputs[k + c :]]
+            results[:] = flow(params["jaxpr"].jaxpr, operands, mixing)
+            return results[:c]
+
+        carry = _until_settled(step, inputs[k : k + c])
+        return [*carry, *results[c:]]
+    for value in params.values():
+        inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+        if isinstance(inner, Jaxpr) and len(inner.invars) == len(inputs):
+            return flow(inner, inputs, mixing)
+    return [frozenset().union(*inputs)] * len(eqn.outvars)
+
+
+def _until_settled(step: Any, carry: list[_Leaves]) -> list[_Leaves]:
+    while True:
+        grown = [a | b for a, b in zip(carry, step(carry), strict=True)]
+        if grown == carry:
+            return carry
+        carry = grown
+
+
+def _name(eqn: JaxprEqn) -> str:
+    """The transformation within whose ``update_fn`` an equation was traced, innermost first."""
+    traceback = eqn.source_info.traceback
+    frames: Sequence[Any] = traceback.frames if traceback is not None else ()
+    for frame in frames:
+        found = re.search(r"(\w+)\.<locals>\.update(_fn)?$", frame.function_name)
+        if found:
+            return found[1]
+    return ""

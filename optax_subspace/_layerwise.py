@@ -1,0 +1,400 @@
+"""The fused backward pass: each layer is updated as soon as its gradient is known (LOMO)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend.core import Literal
+
+from optax_subspace._blocks import dequantize, is_quantized
+from optax_subspace._dependence import check_leaves_apart
+from optax_subspace._leaves import path_name
+from optax_subspace._projectors._base import LAYER_AXIS
+from optax_subspace._rounding import apply_updates
+from optax_subspace._stack import Stack
+
+
+class LossScale(NamedTuple):
+    """Dynamic loss scaling, for float16.
+
+    Attributes:
+      initial: the first scale.
+      factor: what it is divided by after an overflow, and multiplied with after a period without.
+      period: steps without overflow before it grows.
+    """
+
+    initial: float = 2.0**15
+    factor: float = 2.0
+    period: int = 2000
+
+
+class FusedState(NamedTuple):
+    """State of a fused step.
+
+    Attributes:
+      step: int32 scalar, the steps done; those that overflowed count too.
+      layers: the transformation's state for one layer, all arrays with the layers' axis in front.
+      rest: its state by key of the parameters outside of the layers.
+      scale: float32 scalar, the loss scale; 1 without one.
+      good: int32 scalar, steps since the scale has changed.
+    """
+
+    step: jax.Array
+    layers: Any
+    rest: dict[str, Any]
+    scale: jax.Array
+    good: jax.Array
+
+
+class FusedMetrics(NamedTuple):
+    """What a fused step reports, float32 scalars.
+
+    Attributes:
+      loss: before the update.
+      grad_norm: global norm of the gradients, before they are clipped by a norm; NaN if neither
+        needed nor asked for.
+      skipped: 1 if the step overflowed and changed nothing.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    skipped: jax.Array
+
+
+class FusedStep(NamedTuple):
+    """The functions that :func:`fused_backward` makes."""
+
+    init: Callable[[Any], FusedState]
+    step: Callable[[Any, FusedState, Any], tuple[Any, FusedState, FusedMetrics]]
+
+
+def fused_backward(
+    embed: Callable[[Any, Any], Any],
+    block: Callable[[Any, Any], Any],
+    loss: Callable[[Any, Any, Any], jax.Array],
+    tx: optax.GradientTransformation,
+    *,
+    layers: str = "layers",
+    clip_norm: float | None = None,
+    clip_layer_norm: float | None = None,
+    clip_value: float | None = None,
+    grad_norm: bool = False,
+    remat: bool = True,
+    loss_scale: LossScale | None = None,
+    seed: int | None = None,
+) -> FusedStep:
+    r"""Updates inside of the backward pass: no more than one layer's gradient exists at a time.
+
+    For models of an embedding, a stack of identical blocks and a head. The forward pass keeps the
+    blocks' inputs; the backward pass walks from the last block to the first, computes one block
+    anew, takes its gradient, updates its weights and state in place and hands the cotangent on.
+    Jit the step with ``donate_argnums=(0, 1)``.
+
+    ``tx`` sees the parameters in parts: ``{layers: one layer}``, and each other top-level key on
+    its own, with paths as in the whole tree. Rules on axes are those of one layer; counted from the
+    end (``MatrixSpec(-2, -1)``) they serve stacks too. What ``tx`` does to one leaf must not depend
+    on another. Gradients are cast to float32 first; the state keeps its dtypes.
+
+    Micro-batches: with ``accumulate=`` of :func:`scale_by_subspace` each call is one of them, and
+    the last of a step updates. Data parallelism: split the batch over a mesh axis; each layer's
+    gradient is then reduced within the loop.
+
+    Args:
+      embed: ``(rest, batch) -> x``; ``rest`` is the parameters without the layers.
+      block: ``(layer, x) -> x``, ``x`` any tree of arrays.
+      loss: ``(rest, x, batch) -> mean loss``, a scalar.
+      tx: any transformation that keeps leaves apart.
+      layers: key of the stack, whose arrays have the layers' axis in front. Weights in int8 are
+        stored layer by layer: ``jax.vmap(quantize_weights)(params[layers])``.
+      clip_norm: greatest global norm, of gradients that are clipped by value first if that is asked
+        too. The backward pass then runs twice, as in LOMO: for the norm, and for the updates.
+      clip_layer_norm: greatest norm of the gradients of a layer, or of a key of the rest.
+      clip_value: greatest magnitude of an entry.
+      grad_norm: report the global norm in the one pass that there is without the two options that
+        take two; each gradient is then kept a little longer.
+      remat: compute blocks anew in the backward pass; otherwise what they need of the forward pass
+        is kept, except for what follows from weights alone.
+      loss_scale: for float16; a step with a gradient that is not finite changes nothing but the
+        scale. This too takes two passes.
+      seed: of the stochastic rounding of weights of few bits; None rounds to nearest.
+
+    Returns:
+      ``init(params) -> state`` and ``step(params, state, batch) -> (params, state, metrics)``; see
+      :class:`FusedState` and :class:`FusedMetrics`.
+
+    Raises:
+      ValueError: at ``init``, ``tx`` mixes leaves, or keeps a gradient tree as
+        ``optax.MultiSteps`` does; the parameters have no such key; the layers' first axes differ;
+        a weight in int8 was not stored layer by layer.
+
+    References:
+      Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023, algorithm 1 and section 3.3.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> params = {"embed": jnp.eye(4), "layers": {"w": jnp.ones((3, 4, 4))}, "head": jnp.ones(4)}
+      >>> fused = fused_backward(
+      ...     embed=lambda rest, batch: batch @ rest["embed"],
+      ...     block=lambda layer, x: jnp.tanh(x @ layer["w"]),
+      ...     loss=lambda rest, x, batch: jnp.mean(x @ rest["head"]),
+      ...     tx=optax.sgd(0.1),
+      ... )
+      >>> step = jax.jit(fused.step, donate_argnums=(0, 1))
+      >>> params, state, metrics = step(params, fused.init(params), jnp.ones((2, 4)))
+      >>> params["layers"]["w"].shape, float(metrics.loss).__round__(3)
+      ((3, 4, 4), 3.997)
+    """
+    tx = optax.with_extra_args_support(tx)
+    blocks = Stack(block, remat)
+    two_passes = clip_norm is not None or loss_scale is not None
+
+    def init_part(params: Any) -> Any:
+        with warnings.catch_warnings():
+            # Rules for other parts match nothing here; the whole tree was looked at before.
+            warnings.filterwarnings("ignore", "the rule .* matches no parameter", UserWarning)
+            return tx.init(params)
+
+    def init(params: Any) -> FusedState:
+        stack, rest = _parts(params, layers)
+        count = _num_layers(stack, layers)
+        one = jax.eval_shape(lambda s: dequantize(_slice(s, 0)), stack)
+        check_leaves_apart(tx, {layers: one, **jax.eval_shape(dequantize, rest)}, _REMEDY)
+
+        init_layer = lambda layer: init_part({layers: dequantize(layer)})
+        state = jax.vmap(init_layer, axis_name=LAYER_AXIS, axis_size=count)(stack)
+        _refuse_gradient_trees(state)
+        return FusedState(
+            step=jnp.zeros([], jnp.int32),
+            layers=state,
+            rest={key: init_part({key: dequantize(part)}) for key, part in rest.items()},
+            scale=jnp.asarray(loss_scale.initial if loss_scale else 1, jnp.float32),
+            good=jnp.zeros([], jnp.int32),
+        )
+
+    def step(params: Any, state: FusedState, batch: Any) -> tuple[Any, FusedState, FusedMetrics]:
+        stack, rest = _parts(params, layers)
+        count = _num_layers(stack, layers)
+        weights = dequantize(rest)
+        at_start, at_end = _used(embed, loss, weights, batch)
+        take = lambda keys: {key: weights[key] for key in keys}
+
+        x, embed_vjp = jax.vjp(lambda part: embed({**weights, **part}, batch), take(at_start))
+        x, saved = blocks.forward(stack, x)
+        value, loss_vjp = jax.vjp(
+            lambda part, x: loss({**weights, **part}, x, batch), take(at_end), x
+        )
+        end_gradients, dx = loss_vjp(state.scale.astype(value.dtype))
+        only_end = {key: g for key, g in end_gradients.items() if key not in at_start}
+
+        def start_gradients(dx: Any) -> dict[str, Any]:
+            """Of the keys that the embedding uses; a tied one has the sum of both its ends."""
+            (found,) = embed_vjp(dx)
+            add = lambda key, g: jax.tree.map(jnp.add, g, end_gradients[key])
+            return {key: add(key, g) if key in at_end else g for key, g in found.items()}
+
+        def walk(stack_of: Any, visit: Any, carry: Any) -> tuple[Any, Any]:
+            """``carry = visit(i, layer, gradients, carry)`` from the last layer to the first."""
+
+            def body(turn, loop):
+                carry, dy = loop
+                i = count - 1 - turn
+                layer = _slice(stack_of(carry), i)
+                gradients, dx = blocks.gradient(dequantize(layer), _slice(saved, i), dy)
+                return visit(i, layer, gradients, carry), dx
+
+            return jax.lax.fori_loop(0, count, body, (carry, dx))
+
+        def wide(gradients: Any) -> Any:
+            """In float32, without the loss scale, and clipped by value."""
+            gradients = jax.tree.map(lambda g: g.astype(_wide(g)) / state.scale, gradients)
+            if clip_value is None:
+                return gradients
+            # (A clipped infinity would hide an overflow.)
+            clip = lambda g: jnp.where(jnp.isfinite(g), jnp.clip(g, -clip_value, clip_value), g)
+            return jax.tree.map(clip, gradients)
+
+        squared = lambda gradients: optax.tree.norm(wide(gradients), squared=True)
+        total = squared(only_end) if two_passes or grad_norm else jnp.float32(0)
+        if two_passes:
+            add = lambda i, layer, gradients, total: total + squared(gradients)
+            total, start = walk(lambda _: stack, add, total)
+            total += squared(start_gradients(start))
+        # (Else true as well, but no constant: see below.)
+        enabled = jnp.isfinite(total) if loss_scale is not None else state.step >= 0
+
+        def update(key: str, number: Any, params: Any, gradients: Any, inner: Any) -> Any:
+            """A part's new weights and state, in which its gradients end."""
+            draw = None
+            if seed is not None:
+                draw = jax.random.fold_in(jax.random.key(seed), state.step)
+                draw = jax.random.fold_in(draw, number)
+
+            def apply(params, gradients, inner):
+                gradients = wide(gradients)
+                if clip_norm is not None:
+                    gradients = _scaled_to(gradients, jnp.sqrt(total), clip_norm)
+                if clip_layer_norm is not None:
+                    norm = optax.tree.norm(gradients)
+                    gradients = _scaled_to(gradients, norm, clip_layer_norm)
+                updates, new = tx.update({key: gradients}, inner, {key: dequantize(params)})
+                new = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, inner)
+                return apply_updates(params, updates[key], key=draw), new
+
+            # In a branch: XLA:CPU would copy the stack of all moments, where it does not see that a
+            # layer's slice is read before it is written. XLA:TPU does, and a branch would only keep
+            # the layer's new weights beside the old.
+            def in_branch(params, gradients, inner):
+                keep = lambda params, gradients, inner: (params, inner)
+                return jax.lax.cond(enabled, apply, keep, params, gradients, inner)
+
+            def directly(params, gradients, inner):
+                changed = apply(params, gradients, inner)
+                if loss_scale is None:
+                    return changed
+                choose = lambda new, old: jnp.where(enabled, new, old)
+                return jax.tree.map(choose, changed, (params, inner))
+
+            return jax.lax.platform_dependent(
+                params, gradients, inner, tpu=directly, default=in_branch
+            )
+
+        new, states = dict(rest), dict(state.rest)
+        numbers = {key: count + i for i, key in enumerate(sorted(rest))}
+
+        def update_rest(gradients: dict[str, Any]) -> None:
+            for key, found in gradients.items():
+                changed = update(key, numbers[key], rest[key], found, state.rest[key])
+                new[key], states[key] = changed
+
+        def update_layer(i, layer, gradients, carry):
+            stack, inner, total = carry
+            layer, one = update(layers, i, layer, gradients, _slice(inner, i))
+            if grad_norm and not two_passes:
+                total += squared(gradients)
+            return _put(stack, layer, i), _put(inner, one, i), total
+
+        update_rest(only_end)
+        # So that the head's gradient, the largest of all, ends before the walk begins.
+        dx, new, states = jax.lax.optimization_barrier((dx, new, states))
+        (stack, inner, total_now), start = walk(
+            lambda carry: carry[0], update_layer, (stack, state.layers, total)
+        )
+        last = start_gradients(start)
+        update_rest(last)
+        # What neither end uses has no gradient, and may decay.
+        unused = [key for key in rest if key not in at_start and key not in at_end]
+        update_rest({key: jax.tree.map(jnp.zeros_like, weights[key]) for key in unused})
+
+        if not two_passes:
+            total = total_now + squared(last) if grad_norm else jnp.float32(jnp.nan)
+        norm = jnp.sqrt(total)
+        metrics = FusedMetrics(value.astype(jnp.float32), norm, (~enabled).astype(jnp.float32))
+        scale, good = _next_scale(loss_scale, state, enabled)
+        return (
+            {**new, layers: stack},
+            FusedState(state.step + 1, inner, states, scale, good),
+            metrics,
+        )
+
+    return FusedStep(init, step)
+
+
+_REMEDY = (
+    "give what needs all gradients at once to fused_backward, as clip_norm=, clip_layer_norm= or "
+    "loss_scale=, or use a plain step"
+)
+
+
+def _parts(params: Any, layers: str) -> tuple[Any, dict[str, Any]]:
+    """The stack and the rest."""
+    if not isinstance(params, dict) or layers not in params:
+        keys = ", ".join(map(repr, params)) if isinstance(params, dict) else type(params).__name__
+        raise ValueError(
+            f"fused_backward: the parameters have no key {layers!r}, but {keys}: name the key of "
+            "the stack by layers="
+        )
+    return params[layers], {key: part for key, part in params.items() if key != layers}
+
+
+def _num_layers(stack: Any, layers: str) -> int:
+    """The length of the first axis, which all arrays of a stack share."""
+    count, first = None, ""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stack, is_leaf=is_quantized):
+        name = path_name([jax.tree_util.DictKey(layers), *path])
+        if is_quantized(leaf) and leaf.batch != 1:
+            raise ValueError(
+                f"parameter {name} is stored in {leaf.layout.code} as a whole: store it layer by "
+                "layer, jax.vmap(quantize_weights)(params[...])"
+            )
+        length = leaf.shape[0] if leaf.shape else None
+        if length is None or count not in (None, length):
+            raise ValueError(
+                f"parameter {name} has shape {leaf.shape}: the arrays of a stack need the layers' "
+                f"axis in front, of {count or 'equal'} entries" + (f" as {first}" if first else "")
+            )
+        count, first = length, first or name
+    if not count:
+        raise ValueError(f"fused_backward: the stack {layers!r} has no layers")
+    return count
+
+
+def _refuse_gradient_trees(state: Any) -> None:
+    is_multi = lambda x: isinstance(x, optax.MultiStepsState)
+    if any(map(is_multi, jax.tree.leaves(state, is_leaf=is_multi))):
+        raise ValueError(
+            "MultiSteps keeps a whole gradient tree, which the fused backward pass is there to "
+            "avoid: accumulate in the subspace, scale_by_subspace(..., accumulate=k), or use "
+            "larger batches"
+        )
+
+
+def _used(embed: Any, loss: Any, rest: dict[str, Any], batch: Any) -> tuple[list[str], list[str]]:
+    """The keys of the rest that the embedding and the loss read."""
+    x = jax.eval_shape(embed, rest, batch)
+
+    def reads(function: Any, *arguments: Any) -> list[str]:
+        traced = jax.make_jaxpr(function)(rest, *arguments).jaxpr
+        used = {v for eqn in traced.eqns for v in eqn.invars if not isinstance(v, Literal)}
+        used |= {v for v in traced.outvars if not isinstance(v, Literal)}
+        counts = {key: len(jax.tree.leaves(part)) for key, part in sorted(rest.items())}
+        inputs = iter(traced.invars)
+        found = {key: [next(inputs) for _ in range(n)] for key, n in counts.items()}
+        return [key for key, variables in found.items() if used & set(variables)]
+
+    return reads(embed, batch), reads(loss, x, batch)
+
+
+def _scaled_to(gradients: Any, norm: jax.Array, largest: float) -> Any:
+    """As optax.clip_by_global_norm, with the norm given."""
+    return jax.tree.map(lambda g: jnp.where(norm < largest, g, g / norm * largest), gradients)
+
+
+def _next_scale(
+    how: LossScale | None, state: FusedState, good_step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss scale of the next step, and the steps since it changed."""
+    if how is None:
+        return state.scale, state.good
+    good = jnp.where(good_step, state.good + 1, 0)
+    grows = good >= how.period
+    scale = jnp.where(grows, state.scale * how.factor, state.scale)
+    scale = jnp.where(good_step, scale, jnp.maximum(state.scale / how.factor, 1.0))
+    return scale, jnp.where(grows, 0, good)
+
+
+def _wide(x: Any) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _slice(tree: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _put(tree: Any, part: Any, i: Any) -> Any:
+    put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
+    return jax.tree.map(put, tree, part)

@@ -1,0 +1,95 @@
+"""LOMO's optimizers, as transformations: what they save comes with the fused backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+
+def lomo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LOMO's update: plain gradient descent, without any state.
+
+    .. math::
+      W_{t+1} = (1 - \eta \lambda) W_t - \eta G_t
+
+    Args:
+      learning_rate: step size :math:`\eta`, a number or a schedule.
+      weight_decay: decoupled decay :math:`\lambda`.
+      mask: tree of booleans, or a function from parameters to one: which leaves decay.
+
+    Returns:
+      The optimizer; run it by :func:`fused_backward`, whose options are LOMO's clipping and loss
+      scale.
+
+    References:
+      Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023, algorithm 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx, params = lomo(0.1), {"w": jnp.ones(2)}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> updates["w"].tolist()
+      [-0.10000000149011612, -0.10000000149011612]
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
+    )
+
+
+def adalomo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    decay_rate: float = 0.8,
+    clip_threshold: float = 1.0,
+    eps: float = 1e-30,
+    min_scale: float = 1e-3,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaLomo: a factored second moment, steps of the weights' own size.
+
+    .. math::
+      U_t = G_t / \sqrt{\hat V_t}, \qquad
+      W_{t+1} = W_t - \eta \max(\epsilon_2, \mathrm{rms}(W_t))
+          \Bigl(\frac{U_t}{\max(1, \mathrm{rms}(U_t) / d)} + \lambda W_t\Bigr)
+
+    :math:`\hat V_t` comes from the running means of the squared gradient's rows and columns, which
+    decay by :math:`1 - t^{-0.8}`; of vectors it is the running mean itself. Each leaf is taken for
+    one matrix; :func:`fused_backward` takes stacks apart, whose layers share one scale otherwise.
+
+    Args:
+      learning_rate: step size :math:`\eta`, a number or a schedule.
+      decay_rate: exponent of the running means' decay.
+      clip_threshold: root mean square :math:`d` above which an update is scaled down.
+      eps: added to squared gradients.
+      min_scale: least root mean square :math:`\epsilon_2` of the weights that counts.
+      weight_decay: decoupled decay :math:`\lambda`, scaled as the step.
+      mask: tree of booleans, or a function from parameters to one: which leaves decay.
+
+    Returns:
+      The optimizer.
+
+    References:
+      Lv et al., `AdaLomo <https://arxiv.org/abs/2310.10195>`_, 2023, algorithm 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx, params = adalomo(0.1), {"w": jnp.ones((4, 3))}
+      >>> state = tx.init(params)
+      >>> state[0].v_row["w"].shape, state[0].v_col["w"].shape
+      ((3,), (4,))
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=1, epsilon=eps),
+        optax.clip_by_block_rms(clip_threshold),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_param_block_rms(min_scale),
+        optax.scale_by_learning_rate(learning_rate),
+    )
