@@ -7,7 +7,7 @@ from models.config import PRESETS
 from optax_subspace import MatrixSpec
 
 # Ranks of the GaLore scripts.
-RANKS = {"60m": 128, "350m": 256, "1b": 512}
+RANKS = {"60m": 128, "350m": 256, "1b": 512, "7b": 1024}
 STACKED = [(".*", MatrixSpec(1, 2))]
 
 

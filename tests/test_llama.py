@@ -308,6 +308,7 @@ class TestForms:
             {"num_layers": 5, "unroll": 2},
             {"attention": "dot_product", "tie_embeddings": True, "loss": "fused"},
             {"attention": "blocked", "tie_embeddings": True, "loss": "fused"},
+            {"loss": "auto", "loss_chunk": 7},
         ],
         ids=str,
     )

@@ -275,7 +275,7 @@ def test_memory_by_hand():
     size["vocab_size"] = 100
     config, tx, shapes = state_shapes("galore", **size)
     windows = jax.ShapeDtypeStruct((4, 17), jnp.int32)
-    predicted = memory.predict(shapes, windows, step.make_loss(config))
+    predicted = memory.predict(shapes, windows, step.make_loss(config, tx))
     d, f, v, layers, r = 32, 48, 100, 2, 8
     kernels = layers * (4 * d * d + 3 * d * f)
     others = 2 * v * d + layers * 2 * d + d
@@ -316,19 +316,19 @@ def test_predicted_temporaries_are_near_the_compilers():
     """At a size where activations are most of them; recomputing blocks keeps fewer."""
     config, tx, shapes = state_shapes("galore", num_layers=3)
     windows = jax.ShapeDtypeStruct((8, 129), jnp.int32)
-    predicted = memory.predict(shapes, windows, step.make_loss(config))
+    predicted = memory.predict(shapes, windows, step.make_loss(config, tx))
     compiled = step.make_train_step(config, tx).lower(shapes, windows).compile()
     measured = memory.measure(compiled, shapes)
     assert predicted.temporaries == pytest.approx(measured.temporaries, rel=0.15)
-    rematerialised = step.make_loss(dataclasses.replace(config, remat=True))
+    rematerialised = step.make_loss(dataclasses.replace(config, remat=True), tx)
     fewer = memory.predict(shapes, windows, rematerialised)
     assert fewer.activations < predicted.activations / 4
 
 
 def test_memory_of_adamw_is_adamws():
-    config, _, shapes = state_shapes("adamw", num_layers=1)
+    config, tx, shapes = state_shapes("adamw", num_layers=1)
     windows = jax.ShapeDtypeStruct((1, 3), jnp.int32)
-    predicted = memory.predict(shapes, windows, step.make_loss(config))
+    predicted = memory.predict(shapes, windows, step.make_loss(config, tx))
     assert predicted.optimizer_state == predicted.adamw_state
 
 

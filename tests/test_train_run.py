@@ -219,11 +219,13 @@ def test_adamw_takes_the_same_way(words, tmp_path, capsys, monkeypatch):
 
 
 def test_few_bits_resume_bit_equal_and_another_code_is_refused(words, tmp_path, capsys):
-    """8-bit moments, 4-bit bases and int8 weights with stochastic rounding, from the middle on."""
+    """8-bit moments, 4-bit bases and int8 weights with stochastic rounding, from the middle on, all
+    updated within the backward pass, and adapters beside."""
     folder = tmp_path / "run"
     run = [*words, "--run_dir", str(folder), "--train.steps", "12"]
     run += ["--optimizer.name", "galore_adamw8bit", "--optimizer.projector_dtype", "linear4"]
     run += ["--train.int8_weights", "--optimizer.code", "dynamic", "--checkpoint.keep", "3"]
+    run += ["--train.fused_backward", "--lora.rank", "2"]
     assert main(run) == 0
     whole = parameters(folder, 12)
     assert any("scales" in path for path in whole)

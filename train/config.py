@@ -85,6 +85,20 @@ DEFAULT_LEARNING_RATE = {
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the kernels of the layers, trained by AdamW."""
+
+    rank: int = 0
+    """Dimension of the adapters; 0 is none"""
+    alpha: float = 16.0
+    """Their product is scaled by alpha / rank"""
+    learning_rate: float = 0.001
+    """Peak of their own schedule"""
+    only: bool = False
+    """Train the adapters alone; otherwise all other weights too, by the optimizer"""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The text, its split and the tokenizer."""
 
@@ -152,6 +166,7 @@ class Config:
 
     model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -197,6 +212,8 @@ def validate(config: Config) -> None:
             "--optimizer.name adalomo: takes each layer's matrices one by one, which only the "
             "fused backward pass does here; add --train.fused_backward"
         )
+    if config.lora.only and not config.lora.rank:
+        raise UsageError("--lora.only: there are no adapters to train; give --lora.rank, e.g. 8")
     if config.data.validation_fraction >= 1:
         raise UsageError(
             f"--data.validation_fraction {config.data.validation_fraction}: leaves nothing to "
@@ -219,6 +236,7 @@ _FLOAT32_MAX, _FLOAT32_TINY = 3.4028234e38, 1.1754944e-38
 _WHOLE_NUMBERS = {
     "optimizer.rank": 1,
     "optimizer.every": 1,
+    "lora.rank": 0,
     "data.vocab_size": LEAST_PIECES,
     "data.split_seed": 0,
     "train.steps": 1,
@@ -244,6 +262,8 @@ _RANGES = {
     "optimizer.clip_norm": (0.0, _FLOAT32_MAX, False),
     "optimizer.warmup_fraction": (0.0, 1.0, True),
     "optimizer.final_fraction": (0.0, 1.0, True),
+    "lora.alpha": (0.0, _FLOAT32_MAX, False),
+    "lora.learning_rate": (0.0, _FLOAT32_MAX, False),
     "data.validation_fraction": (0.0, 1.0, False),
 }
 

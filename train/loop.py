@@ -54,7 +54,7 @@ def run(command: Command) -> None:
         data, config.train.batch_size, config.train.sequence_length, config.train.seed
     )
     is_fused, int8 = config.train.fused_backward, config.train.int8_weights
-    optimizer = make(config.optimizer, config.train.steps, is_fused)
+    optimizer = make(config.optimizer, config.train.steps, is_fused, config.lora)
     key = jax.random.key(config.train.seed)
     seed = config.train.seed if config.train.stochastic_rounding else None
     fused = make_fused(config.model, optimizer, seed) if is_fused else None
@@ -72,7 +72,7 @@ def run(command: Command) -> None:
     # changed shape or dtype would cost, is an error.
     jitted = make_train_step(config.model, optimizer, seed, fused)
     train_step = jitted.lower(shapes, batch).compile()
-    loss_fn = make_loss(config.model)
+    loss_fn = make_loss(config.model, optimizer)
     parts = pieces(config.model) if is_fused else None
     predicted = memory.predict(shapes, batch, loss_fn, parts, config.model.remat)
     report.print_memory(screen, predicted, memory.measure(train_step, shapes), is_fused)

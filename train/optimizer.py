@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from models import lora
 from models.llama import subspace_rules
 from optax_subspace import (
     adalomo,
@@ -17,8 +18,9 @@ from optax_subspace import (
     online_subspace_adamw8bit,
     online_subspace_descent,
 )
-from train.config import GALORE, SUBSPACE, OptimizerConfig
+from train.config import GALORE, SUBSPACE, LoraConfig, OptimizerConfig
 
+NO_ADAPTERS = LoraConfig()
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
@@ -30,9 +32,15 @@ class Optimizer(NamedTuple):
     scale: float  # learning rate x scale is the effective rate of projected matrices
     projects: bool
     clip_norm: float | None  # what the step has to clip gradients to, where tx does not
+    adapters: LoraConfig
 
 
-def make(config: OptimizerConfig, steps: int, fused: bool = False) -> Optimizer:
+def make(
+    config: OptimizerConfig,
+    steps: int,
+    fused: bool = False,
+    adapters: LoraConfig = NO_ADAPTERS,
+) -> Optimizer:
     """Clipping by global norm, then the named optimizer under the warm-up and cosine schedule.
 
     In the fused backward pass no transformation sees all gradients: the step clips.
@@ -76,11 +84,18 @@ def make(config: OptimizerConfig, steps: int, fused: bool = False) -> Optimizer:
             inner = lomo(schedule, weight_decay=config.weight_decay)
         case "adalomo":
             inner = adalomo(schedule, weight_decay=config.weight_decay)
+    if adapters.rank:
+        rate = warmup_cosine(
+            adapters.learning_rate, steps, config.warmup_fraction, config.final_fraction
+        )
+        base = optax.set_to_zero() if adapters.only else inner
+        inner = optax.multi_transform({"base": base, "adapter": optax.adamw(rate)}, lora.labels)
+        projects = projects and not adapters.only
     scale = config.scale if projects else 1.0
     if fused or config.clip_norm is None:
-        return Optimizer(inner, schedule, scale, projects, config.clip_norm)
+        return Optimizer(inner, schedule, scale, projects, config.clip_norm, adapters)
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
-    return Optimizer(tx, schedule, scale, projects, None)
+    return Optimizer(tx, schedule, scale, projects, None, adapters)
 
 
 def warmup_cosine(

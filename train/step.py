@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models import llama
+from models import llama, lora
 from models.config import LlamaConfig
 from optax_subspace import (
     FusedStep,
@@ -47,6 +47,9 @@ def init_state(
 ) -> State:
     """The state before the first step; under `jax.eval_shape` nothing is allocated."""
     params = llama.init_params(model, key)
+    if optimizer.adapters.rank:
+        of_adapters = jax.random.fold_in(key, 1)
+        params = lora.add(params, optimizer.adapters.rank, optimizer.adapters.alpha, of_adapters)
     opt_state = (fused or optimizer.tx).init(params)
     if int8_weights:
         # Layer by layer, so that each can be taken out of the stack.
@@ -58,11 +61,11 @@ def init_state(
 
 def make_fused(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None) -> FusedStep:
     """The model's parts and the optimizer in a fused backward pass."""
-    parts = llama.pieces(model)
+    parts, trained = llama.pieces(model), _trained(optimizer)
     return fused_backward(
-        lambda rest, windows: parts.embed(rest, windows[:, :-1]),
-        parts.block,
-        lambda rest, x, windows: parts.loss(rest, x, windows[:, 1:], None)[0],
+        lambda rest, windows: parts.embed(trained(rest), windows[:, :-1]),
+        lambda layer, x: parts.block(trained(layer), x),
+        lambda rest, x, windows: parts.loss(trained(rest), x, windows[:, 1:], None)[0],
         optimizer.tx,
         clip_norm=optimizer.clip_norm,
         grad_norm=True,
@@ -72,12 +75,17 @@ def make_fused(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None
     )
 
 
-def make_loss(model: LlamaConfig) -> Callable[[Any, jax.Array], jax.Array]:
+def make_loss(model: LlamaConfig, optimizer: Optimizer) -> Callable[[Any, jax.Array], jax.Array]:
     """A function of parameters and windows (B, S + 1): mean nats a token, ()."""
-    definition = llama.graphdef(model)
-    return lambda params, windows: llama.merge(definition, params).loss(
+    definition, trained = llama.graphdef(model), _trained(optimizer)
+    return lambda params, windows: llama.merge(definition, trained(params)).loss(
         windows[:, :-1], windows[:, 1:]
     )[0]
+
+
+def _trained(optimizer: Optimizer) -> Callable[[Any], Any]:
+    """What stops the gradients of weights that are not trained."""
+    return lora.freeze if optimizer.adapters.only else lambda params: params
 
 
 def make_train_step(
@@ -90,7 +98,7 @@ def make_train_step(
 
     With a `seed` weights of few bits are rounded stochastically; a `fused` step has its own.
     """
-    loss_fn = make_loss(model)
+    loss_fn = make_loss(model, optimizer)
 
     def fused_train_step(state: State, windows: jax.Array) -> tuple[State, Metrics]:
         assert fused is not None
@@ -124,7 +132,7 @@ class SubspaceSummary(NamedTuple):
 
 def make_subspace_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
     """A jitted function of the state and of windows (B, S + 1), whose gradient is measured."""
-    loss_fn = make_loss(model)
+    loss_fn = make_loss(model, optimizer)
 
     def subspace_step(state: State, windows: jax.Array) -> SubspaceSummary:
         gradients = jax.grad(loss_fn)(dequantize(state.params), windows)

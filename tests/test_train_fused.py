@@ -1,0 +1,114 @@
+"""The trainer's step with the fused backward pass, and with adapters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import llama, lora
+from models.config import LlamaConfig
+from optax_subspace import QuantizedWeight
+from train import memory, step
+from train.config import Config, LoraConfig, OptimizerConfig, resolve
+from train.optimizer import make
+
+MODEL = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_heads=2, num_layers=2)
+NONE = LoraConfig()
+WINDOWS = jax.random.randint(jax.random.key(1), (6, 4, 17), 0, 96)
+
+
+def train(name, fused, adapters=NONE, model=MODEL, int8=False, steps=6):
+    """State before and after some steps, and the last step's metrics."""
+    options = resolve(Config(optimizer=OptimizerConfig(name=name, rank=8, every=3))).optimizer
+    optimizer = make(options, 20, fused, adapters)
+    layerwise = step.make_fused(model, optimizer, 0) if fused else None
+    before = step.init_state(model, optimizer, jax.random.key(0), int8, layerwise)
+    run = step.make_train_step(model, optimizer, 0, layerwise)
+    state = jax.tree.map(jnp.copy, before)
+    for windows in WINDOWS[:steps]:
+        state, metrics = run(state, windows)
+    return before, state, metrics
+
+
+def largest_difference(a, b):
+    away = jax.tree.map(lambda x, y: float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)), a, b)
+    return max(jax.tree.leaves(away))
+
+
+@pytest.mark.parametrize("name", ["lomo", "galore", "online_subspace_descent"])
+@pytest.mark.parametrize("remat", [True, False])
+def test_fused_steps_equal_plain_ones(name, remat):
+    model = dataclasses.replace(MODEL, remat=remat)
+    _, ours, found = train(name, True, model=model)
+    _, theirs, expected = train(name, False, model=model)
+    assert largest_difference(ours.params, theirs.params) < 1e-5
+    assert int(ours.step) == 6 and float(found.skipped) == 0
+    for field in ("loss", "grad_norm", "learning_rate"):
+        np.testing.assert_allclose(getattr(found, field), getattr(expected, field), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw8bit", "online_subspace_adamw8bit", "adalomo"])
+def test_int8_weights_of_every_layer_move(name):
+    before, after, metrics = train(name, True, int8=True)
+    kernels = before.params["layers"]["gate"]["kernel"], after.params["layers"]["gate"]["kernel"]
+    assert all(isinstance(kernel, QuantizedWeight) for kernel in kernels)
+    assert np.all(np.any(np.asarray(kernels[0].codes) != np.asarray(kernels[1].codes), (1, 2)))
+    assert np.isfinite(metrics.loss)
+
+
+def is_adapter(path):
+    return path[-1].name in ("lora_a", "lora_b") if hasattr(path[-1], "name") else False
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_adapters_train_with_the_base_and_alone(only):
+    adapters = LoraConfig(rank=4, only=only)
+    results = [train("lomo", fused, adapters) for fused in (True, False)]
+    (before, ours, found), (_, theirs, expected) = results
+    assert largest_difference(ours.params, theirs.params) < 1e-4
+    np.testing.assert_allclose(found.grad_norm, expected.grad_norm, rtol=1e-5)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before.params, ours.params)
+    for path, value in jax.tree_util.tree_leaves_with_path(moved):
+        assert value == (is_adapter(path) or not only), path
+
+
+def test_a_model_with_new_adapters_is_the_model_itself_and_merging_keeps_it():
+    params = llama.init_params(MODEL, jax.random.key(0))
+    adapted = lora.add(params, 4, 16.0, jax.random.key(1))
+    run = jax.jit(lambda p: llama.merge(llama.graphdef(MODEL), p)(WINDOWS[0]))
+    np.testing.assert_array_equal(run(adapted), run(params))
+    grown = jax.tree_util.tree_map_with_path(
+        lambda path, x: x + 0.05 if is_adapter(path) else x, adapted
+    )
+    merged = lora.merge(grown)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    assert float(jnp.max(jnp.abs(run(grown) - run(params)))) > 1e-3
+    np.testing.assert_allclose(run(merged), run(grown), rtol=1e-4, atol=1e-5)
+
+
+def test_predicted_memory_of_a_fused_step():
+    model = dataclasses.replace(MODEL, num_layers=8, remat=True, hidden_size=64)
+    windows = jax.ShapeDtypeStruct((8, 65), jnp.int32)
+    options = resolve(Config(optimizer=OptimizerConfig(name="lomo", clip_norm=None))).optimizer
+    found, compiled = {}, {}
+    for fused in (True, False):
+        optimizer = make(options, 20, fused)
+        layerwise = step.make_fused(model, optimizer) if fused else None
+        state = jax.eval_shape(
+            lambda key, o=optimizer, f=layerwise: step.init_state(model, o, key, fused=f),
+            jax.random.key(0),
+        )
+        parts = llama.pieces(model) if fused else None
+        loss = step.make_loss(model, optimizer)
+        found[fused] = memory.predict(state, windows, loss, parts, remat=True)
+        program = step.make_train_step(model, optimizer, None, layerwise)
+        compiled[fused] = memory.measure(program.lower(state, windows).compile(), state)
+    # The embedding's is the largest gradient here, or a layer's.
+    layer = 4 * (4 * 64 * 64 + 3 * 64 * 48 + 2 * 64)
+    assert found[True].gradients == max(layer, 4 * 96 * 64)
+    assert found[True].gradients < found[False].gradients / 8
+    assert compiled[True].temporaries < compiled[False].temporaries
+    inputs = 8 * 8 * 64 * 64 * 4
+    assert inputs < found[True].activations < compiled[True].temporaries
