@@ -98,8 +98,8 @@ def fused_backward(
     ``tx`` sees the parameters in parts: ``{layers: one layer}``, and each other top-level key on
     its own, with paths as in the whole tree. Rules on axes are those of one layer; counted from the
     end (``MatrixSpec(-2, -1)``) they serve stacks too. What ``tx`` does to one leaf must not depend
-    on another. Gradients are cast to float32 first; the state keeps its dtypes. Random numbers differ
-    from layer to layer; ``stagger`` spreads the refreshes of leaves, and not of layers.
+    on another. Gradients are cast to float32 first; the state keeps its dtypes. Random numbers
+    differ from layer to layer; ``stagger`` spreads the refreshes of leaves, and not of layers.
 
     Micro-batches: with ``accumulate=`` of :func:`scale_by_subspace` each call is one of them, and
     the last of a step updates. Data parallelism: split the batch over a mesh axis; each layer's

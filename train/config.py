@@ -134,8 +134,8 @@ class TrainConfig:
     int8_weights: bool = False
     """Keep the kernels of the layers in int8, with a scale for each 256 values"""
     fused_backward: bool = False
-    """Update each layer within the backward pass, so that the gradient tree never exists (nor can the
-    energy in its subspaces be logged); with --model.remat each block is computed anew there"""
+    """Update each layer within the backward pass, so that the gradient tree never exists (nor can
+    the energy in its subspaces be logged); with --model.remat each block is computed anew there"""
     stochastic_rounding: bool = True
     """Round new weights of bfloat16, float16 or int8 such that small steps count in the mean"""
 
