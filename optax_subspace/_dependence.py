@@ -79,33 +79,29 @@ def _through(
         return inputs[:1]
     if name == "cond":
         chosen, operands = inputs[0], inputs[1:]
-        branches = [flow(b.jaxpr, operands, mixing) for b in params["branches"]]
+        branches = [flow(_program(b), operands, mixing) for b in params["branches"]]
         return [frozenset().union(chosen, *parts) for parts in zip(*branches, strict=True)]
     if name == "while":
         a, b = params["cond_nconsts"], params["body_nconsts"]
         test, body, carry = inputs[:a], inputs[a : a + b], inputs[a + b :]
 
         def turn(carry: list[_Leaves]) -> list[_Leaves]:
-            again = flow(params["cond_jaxpr"].jaxpr, [*test, *carry], mixing)[0]
-            return [x | again for x in flow(params["body_jaxpr"].jaxpr, [*body, *carry], mixing)]
+            again = flow(_program(params["cond_jaxpr"]), [*test, *carry], mixing)[0]
+            after = flow(_program(params["body_jaxpr"]), [*body, *carry], mixing)
+            return [x | again for x in after]
 
         return _until_settled(turn, carry)
-    if name == "scan":
-        k, c = params["num_consts"], params["num_carry"]
-        results: list[_Leaves] = []
-
-        def step(carry: list[_Leaves]) -> list[_Leaves]:
-            operands = [*inputs[:k], *carry, *inputs[k + c :]]
-            results[:] = flow(params["jaxpr"].jaxpr, operands, mixing)
-            return results[:c]
-
-        carry = _until_settled(step, inputs[k : k + c])
-        return [*carry, *results[c:]]
-    for value in params.values():
-        inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+    # (Of a scan each result is taken to depend on all: which operands are carried is told in
+    # different ways by the versions of JAX.)
+    for value in params.values() if name != "scan" else ():
+        inner = _program(value)
         if isinstance(inner, Jaxpr) and len(inner.invars) == len(inputs):
             return flow(inner, inputs, mixing)
     return [frozenset().union(*inputs)] * len(eqn.outvars)
+
+
+def _program(value: Any) -> Any:
+    return value.jaxpr if isinstance(value, ClosedJaxpr) else value
 
 
 def _until_settled(step: Any, carry: list[_Leaves]) -> list[_Leaves]:
