@@ -9,14 +9,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import Literal
 
-from optax_subspace._blocks import dequantize, is_quantized
+from optax_subspace._blocks import dequantize
 from optax_subspace._dependence import check_leaves_apart
-from optax_subspace._leaves import path_name
 from optax_subspace._projectors._base import LAYER_AXIS
 from optax_subspace._rounding import apply_updates
-from optax_subspace._stack import Stack
+from optax_subspace._stack import (
+    Stack,
+    count_layers,
+    keys_read,
+    parts_of_tree,
+    put_slice,
+    slice_of,
+)
 
 
 class LossScale(NamedTuple):
@@ -161,9 +166,9 @@ def fused_backward(
             return tx.init(params)
 
     def init(params: Any) -> FusedState:
-        stack, rest = _parts(params, layers)
-        count = _num_layers(stack, layers)
-        one = jax.eval_shape(lambda s: dequantize(_slice(s, 0)), stack)
+        stack, rest = parts_of_tree(params, layers)
+        count = count_layers(stack, layers)
+        one = jax.eval_shape(lambda s: dequantize(slice_of(s, 0)), stack)
         check_leaves_apart(tx, {layers: one, **jax.eval_shape(dequantize, rest)}, _REMEDY)
 
         init_layer = lambda layer: init_part({layers: dequantize(layer)})
@@ -178,10 +183,10 @@ def fused_backward(
         )
 
     def step(params: Any, state: FusedState, batch: Any) -> tuple[Any, FusedState, FusedMetrics]:
-        stack, rest = _parts(params, layers)
-        count = _num_layers(stack, layers)
+        stack, rest = parts_of_tree(params, layers)
+        count = count_layers(stack, layers)
         weights = dequantize(rest)
-        at_start, at_end = _used(embed, loss, weights, batch)
+        at_start, at_end = keys_read(embed, loss, weights, batch)
         take = lambda keys: {key: weights[key] for key in keys}
 
         x, embed_vjp = jax.vjp(lambda part: embed({**weights, **part}, batch), take(at_start))
@@ -204,8 +209,8 @@ def fused_backward(
             def body(turn, loop):
                 carry, dy = loop
                 i = count - 1 - turn
-                layer = _slice(stack_of(carry), i)
-                gradients, dx = blocks.gradient(dequantize(layer), _slice(saved, i), dy)
+                layer = slice_of(stack_of(carry), i)
+                gradients, dx = blocks.gradient(dequantize(layer), slice_of(saved, i), dy)
                 return visit(i, layer, gradients, carry), dx
 
             return jax.lax.fori_loop(0, count, body, (carry, dx))
@@ -274,10 +279,10 @@ def fused_backward(
 
         def update_layer(i, layer, gradients, carry):
             stack, inner, total = carry
-            layer, one = update(layers, i, layer, gradients, _slice(inner, i))
+            layer, one = update(layers, i, layer, gradients, slice_of(inner, i))
             if grad_norm and not two_passes:
                 total += squared(gradients)
-            return _put(stack, layer, i), _put(inner, one, i), total
+            return put_slice(stack, layer, i), put_slice(inner, one, i), total
 
         update_rest(only_end)
         # So that the head's gradient, the largest of all, ends before the walk begins.
@@ -311,39 +316,6 @@ _REMEDY = (
 )
 
 
-def _parts(params: Any, layers: str) -> tuple[Any, dict[str, Any]]:
-    """The stack and the rest."""
-    if not isinstance(params, dict) or layers not in params:
-        keys = ", ".join(map(repr, params)) if isinstance(params, dict) else type(params).__name__
-        raise ValueError(
-            f"fused_backward: the parameters have no key {layers!r}, but {keys}: name the key of "
-            "the stack by layers="
-        )
-    return params[layers], {key: part for key, part in params.items() if key != layers}
-
-
-def _num_layers(stack: Any, layers: str) -> int:
-    """The length of the first axis, which all arrays of a stack share."""
-    count, first = None, ""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stack, is_leaf=is_quantized):
-        name = path_name([jax.tree_util.DictKey(layers), *path])
-        if is_quantized(leaf) and leaf.batch != 1:
-            raise ValueError(
-                f"parameter {name} is stored in {leaf.layout.code} as a whole: store it layer by "
-                "layer, jax.vmap(quantize_weights)(params[...])"
-            )
-        length = leaf.shape[0] if leaf.shape else None
-        if length is None or count not in (None, length):
-            raise ValueError(
-                f"parameter {name} has shape {leaf.shape}: the arrays of a stack need the layers' "
-                f"axis in front, of {count or 'equal'} entries" + (f" as {first}" if first else "")
-            )
-        count, first = length, first or name
-    if not count:
-        raise ValueError(f"fused_backward: the stack {layers!r} has no layers")
-    return count
-
-
 def _refuse_gradient_trees(state: Any) -> None:
     is_multi = lambda x: isinstance(x, optax.MultiStepsState)
     if any(map(is_multi, jax.tree.leaves(state, is_leaf=is_multi))):
@@ -352,22 +324,6 @@ def _refuse_gradient_trees(state: Any) -> None:
             "avoid: accumulate in the subspace, scale_by_subspace(..., accumulate=k), or use "
             "larger batches"
         )
-
-
-def _used(embed: Any, loss: Any, rest: dict[str, Any], batch: Any) -> tuple[list[str], list[str]]:
-    """The keys of the rest that the embedding and the loss read."""
-    x = jax.eval_shape(embed, rest, batch)
-
-    def reads(function: Any, *arguments: Any) -> list[str]:
-        traced = jax.make_jaxpr(function)(rest, *arguments).jaxpr
-        used = {v for eqn in traced.eqns for v in eqn.invars if not isinstance(v, Literal)}
-        used |= {v for v in traced.outvars if not isinstance(v, Literal)}
-        counts = {key: len(jax.tree.leaves(part)) for key, part in sorted(rest.items())}
-        inputs = iter(traced.invars)
-        found = {key: [next(inputs) for _ in range(n)] for key, n in counts.items()}
-        return [key for key, variables in found.items() if used & set(variables)]
-
-    return reads(embed, batch), reads(loss, x, batch)
 
 
 def _scaled_to(gradients: Any, norm: jax.Array, largest: float) -> Any:
@@ -390,12 +346,3 @@ def _next_scale(
 
 def _wide(x: Any) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _slice(tree: Any, i: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
-
-
-def _put(tree: Any, part: Any, i: Any) -> Any:
-    put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
-    return jax.tree.map(put, tree, part)

@@ -1,4 +1,4 @@
-"""A stack of identical blocks: its forward pass, and one block's gradient at a time."""
+"""A stack of identical blocks among parameters, its forward pass, and one block's gradient."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Literal
 
-from optax_subspace._blocks import dequantize
+from optax_subspace._blocks import dequantize, is_quantized
 from optax_subspace._dependence import flow
+from optax_subspace._leaves import path_name
 
 
 class Stack:
@@ -78,3 +80,63 @@ class Stack:
             if found:
                 groups.setdefault(var, []).append(i)
         return list(groups.values())
+
+
+def parts_of_tree(params: Any, layers: str) -> tuple[Any, dict[str, Any]]:
+    """The stack and the rest."""
+    if not isinstance(params, dict) or layers not in params:
+        keys = ", ".join(map(repr, params)) if isinstance(params, dict) else type(params).__name__
+        raise ValueError(
+            f"fused_backward: the parameters have no key {layers!r}, but {keys}: name the key of "
+            "the stack by layers="
+        )
+    return params[layers], {key: part for key, part in params.items() if key != layers}
+
+
+def count_layers(stack: Any, layers: str) -> int:
+    """The length of the first axis, which all arrays of a stack share."""
+    count, first = None, ""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stack, is_leaf=is_quantized):
+        name = path_name([jax.tree_util.DictKey(layers), *path])
+        if is_quantized(leaf) and leaf.batch != 1:
+            raise ValueError(
+                f"parameter {name} is stored in {leaf.layout.code} as a whole: store it layer by "
+                "layer, jax.vmap(quantize_weights)(params[...])"
+            )
+        length = leaf.shape[0] if leaf.shape else None
+        if length is None or count not in (None, length):
+            raise ValueError(
+                f"parameter {name} has shape {leaf.shape}: the arrays of a stack need the layers' "
+                f"axis in front, of {count or 'equal'} entries" + (f" as {first}" if first else "")
+            )
+        count, first = length, first or name
+    if not count:
+        raise ValueError(f"fused_backward: the stack {layers!r} has no layers")
+    return count
+
+
+def keys_read(
+    embed: Any, loss: Any, rest: dict[str, Any], batch: Any
+) -> tuple[list[str], list[str]]:
+    """The keys of the rest that the embedding and the loss read."""
+    x = jax.eval_shape(embed, rest, batch)
+
+    def reads(function: Any, *arguments: Any) -> list[str]:
+        traced = jax.make_jaxpr(function)(rest, *arguments).jaxpr
+        used = {v for eqn in traced.eqns for v in eqn.invars if not isinstance(v, Literal)}
+        used |= {v for v in traced.outvars if not isinstance(v, Literal)}
+        counts = {key: len(jax.tree.leaves(part)) for key, part in sorted(rest.items())}
+        inputs = iter(traced.invars)
+        found = {key: [next(inputs) for _ in range(n)] for key, n in counts.items()}
+        return [key for key, variables in found.items() if used & set(variables)]
+
+    return reads(embed, batch), reads(loss, x, batch)
+
+
+def slice_of(tree: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def put_slice(tree: Any, part: Any, i: Any) -> Any:
+    put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
+    return jax.tree.map(put, tree, part)
