@@ -293,13 +293,13 @@ def test_the_step_is_compiled_once(words, tmp_path, monkeypatch):
     real = loop.make_train_step
     record = loop.Trainer._record
 
-    def counted(model, optimizer, seed):
+    def counted(model, optimizer, *rest):
         # The schedule is called while the step is traced, and never otherwise.
         def schedule(step):
             traces.append(step)
             return optimizer.schedule(step)
 
-        return real(model, optimizer._replace(schedule=schedule), seed)
+        return real(model, optimizer._replace(schedule=schedule), *rest)
 
     def watched(self, late):
         record(self, late)
