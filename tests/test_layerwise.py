@@ -231,6 +231,7 @@ def test_errors_name_the_parameter_and_the_remedy():
         init(whole)
 
 
+@pytest.mark.slow
 def test_adam_in_eight_bits_is_near_the_plain_step():
     """Its last bits differ, which takes a moment now and then to another code."""
     functions, params = model()

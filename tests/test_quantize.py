@@ -444,7 +444,10 @@ def test_auto_counts_the_bytes_of_codes():
         assert plans["auto"] == min(plans.values())
 
 
-@pytest.mark.parametrize("code", ["dynamic", "dynamic4", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "code",
+    ["dynamic4", *(pytest.param(c, marks=pytest.mark.slow) for c in ("dynamic", "float8_e4m3fn"))],
+)
 def test_orbax_round_trip_and_another_code(code, tmp_path):
     params = {k: v for k, v in trees.params().items() if k in ("tall", "bias")}
     make = lambda code: osub.galore(

@@ -347,10 +347,11 @@ def test_schedule_by_hand():
 @pytest.mark.parametrize(
     ("name", "few_bits"),
     [
-        *((name, "") for name in DEFAULT_LEARNING_RATE),
+        *((n, "") for n in ("galore", "online_subspace_adamw8bit", "adamw", "lomo")),
         ("galore_adamw8bit", "bfloat16"),
         ("galore_adamw8bit", "int8"),
-        ("adamw", "int8"),
+        *(pytest.param(n, "", marks=pytest.mark.slow) for n in DEFAULT_LEARNING_RATE),
+        pytest.param("adamw", "int8", marks=pytest.mark.slow),
     ],
 )
 def test_every_parameter_moves(name, few_bits):

@@ -37,8 +37,9 @@ def largest_difference(a, b):
     return max(jax.tree.leaves(away))
 
 
-@pytest.mark.parametrize("name", ["lomo", "galore", "online_subspace_descent"])
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize(
+    ("name", "remat"), [("lomo", True), ("galore", False), ("online_subspace_descent", True)]
+)
 def test_fused_steps_equal_plain_ones(name, remat):
     model = dataclasses.replace(MODEL, remat=remat)
     _, ours, found = train(name, True, model=model)
@@ -49,7 +50,7 @@ def test_fused_steps_equal_plain_ones(name, remat):
         np.testing.assert_allclose(getattr(found, field), getattr(expected, field), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["galore_adamw8bit", "online_subspace_adamw8bit", "adalomo"])
+@pytest.mark.parametrize("name", ["galore_adamw8bit", "adalomo"])
 def test_int8_weights_of_every_layer_move(name):
     before, after, metrics = train(name, True, int8=True)
     kernels = before.params["layers"]["gate"]["kernel"], after.params["layers"]["gate"]["kernel"]
