@@ -79,6 +79,11 @@ def test_learning_rate_is_the_optimizers_own_unless_given():
         (["--optimizer.name", "adalomo"], ["--optimizer.name adalomo", "--train.fused_backward"]),
         (["--optimizer.name", "lomo", "--optimizer.b1", "0.5"], ["--optimizer.b1", "lomo"]),
         (["--lora.only"], ["--lora.only", "--lora.rank"]),
+        (["--lora.alpha", "4"], ["--lora.alpha", "--lora.rank"]),
+        (
+            ["--lora.rank", "4", "--lora.only", "--optimizer.name", "lomo"],
+            ["--optimizer.name", "--lora.only", "AdamW"],
+        ),
         (["--lora.rank", "-1"], ["--lora.rank -1", "at least 0"]),
         (["--model.loss", "logits", "--model.loss_chunk", "8"], ["loss_chunk=8", "fused"]),
         (["--optimizer.code", "linear"], ["--optimizer.code", "galore doesn't read it", "8bit"]),

@@ -70,6 +70,8 @@ def test_adapters_train_with_the_base_and_alone(only):
     (before, ours, found), (_, theirs, expected) = results
     assert largest_difference(ours.params, theirs.params) < 1e-4
     np.testing.assert_allclose(found.grad_norm, expected.grad_norm, rtol=1e-5)
+    # The rate that is logged is that of what is trained: 6 of 20 steps, 2 of them warm-up.
+    assert (float(found.learning_rate) < 0.001) == only
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before.params, ours.params)
     for path, value in jax.tree_util.tree_leaves_with_path(moved):
         assert value == (is_adapter(path) or not only), path

@@ -68,6 +68,10 @@ def _fail(message: object, code: int) -> int:
     return code
 
 
+# What the optimizer of the base weights reads, and that of the adapters does not.
+_OF_BASE = (*(key for key in READ_BY if key not in ("b1", "b2", "eps")), "learning_rate")
+
+
 def parse(arguments: Sequence[str]) -> Command:
     """Reads a command line into a checked configuration.
 
@@ -91,6 +95,12 @@ def parse(arguments: Sequence[str]) -> Command:
             raise UsageError(
                 f"--{key}: the optimizer {config.optimizer.name} doesn't read it; leave it out, or "
                 f"choose --optimizer.name {READ_BY[field][0]}"
+            )
+        if group == "lora" and field != "rank" and not config.lora.rank and not config.lora.only:
+            raise UsageError(f"--{key}: there are no adapters; give --lora.rank, e.g. 8")
+        if group == "optimizer" and config.lora.only and (field == "name" or field in _OF_BASE):
+            raise UsageError(
+                f"--{key}: with --lora.only the adapters alone are trained, by AdamW; leave it out"
             )
     config = resolve(config)
     validate(config)

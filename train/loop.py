@@ -77,6 +77,12 @@ def run(command: Command) -> None:
     predicted = memory.predict(shapes, batch, loss_fn, parts, config.model.remat)
     report.print_memory(screen, predicted, memory.measure(train_step, shapes), is_fused)
 
+    if config.model.dtype == "float16" and not is_fused:
+        screen.say(
+            "warning: without --train.fused_backward float16 has no loss scale, so that small "
+            "gradients vanish; bfloat16 needs none."
+        )
+
     place, lock = place.open(command)
     checkpoints = Checkpoints(
         place.checkpoints,
@@ -170,10 +176,8 @@ class Trainer:
             return
         config, (step, metrics) = self.config, late
         loss, grad_norm, rate, skipped = (float(value) for value in metrics)
-        if skipped:
-            # Float16 overflowed: there is no norm, and the loss scale is smaller now.
-            grad_norm = 0.0
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        # Where float16 overflowed there is no norm, and the loss scale is smaller now.
+        if not (math.isfinite(loss) and (skipped or math.isfinite(grad_norm))):
             name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
             raise DivergedError(self._diverged(step, f"the {name} is {value}"))
         self.clock.count()
@@ -184,7 +188,7 @@ class Trainer:
                     "step": step,
                     "tokens": step * self.clock.tokens_per_step,
                     "loss": loss,
-                    "grad_norm": grad_norm,
+                    "grad_norm": None if skipped else grad_norm,
                     "learning_rate": rate,
                     "effective_learning_rate": rate * self.optimizer.scale,
                     "skipped": bool(skipped),
@@ -296,8 +300,9 @@ class Trainer:
             if saved
             else "no checkpoint had been saved yet"
         )
-        rate = self.config.optimizer.learning_rate
+        key = "lora" if self.config.lora.only else "optimizer"
+        rate = getattr(self.config, key).learning_rate
         return one_line(
             f"{what} at step {step}; {kept}; begin a new run with a lower "
-            f"--optimizer.learning_rate (it is {rate:g})"
+            f"--{key}.learning_rate (it is {rate:g})"
         )

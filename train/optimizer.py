@@ -88,9 +88,13 @@ def make(
         rate = warmup_cosine(
             adapters.learning_rate, steps, config.warmup_fraction, config.final_fraction
         )
-        base = optax.set_to_zero() if adapters.only else inner
-        inner = optax.multi_transform({"base": base, "adapter": optax.adamw(rate)}, lora.labels)
-        projects = projects and not adapters.only
+        parts = {
+            "base": optax.set_to_zero() if adapters.only else inner,
+            "adapter": optax.adamw(rate, **adam, weight_decay=config.weight_decay),
+        }
+        inner = optax.multi_transform(parts, lora.labels)
+        if adapters.only:
+            schedule, projects = rate, False
     scale = config.scale if projects else 1.0
     if fused or config.clip_norm is None:
         return Optimizer(inner, schedule, scale, projects, config.clip_norm, adapters)

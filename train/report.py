@@ -17,7 +17,9 @@ from train.screen import Screen
 def print_projection(screen: Screen, optimizer: Optimizer, params: Any) -> None:
     """The table of parameters: path, shape, side and rank."""
     if not optimizer.projects:
-        screen.say("Nothing is projected: the optimizer works at full rank.")
+        alone = optimizer.adapters.only
+        rest = "the adapters alone are trained" if alone else "the optimizer works at full rank"
+        screen.say(f"Nothing is projected: {rest}.")
         return
     screen.say("What is projected:")
     screen.say(str(describe(params, optimizer.tx)))
