@@ -23,6 +23,7 @@ from benchmarks import _llama_shapes, _timing
 from models import llama
 from models.config import PRESETS, LlamaConfig
 from train.memory import tree_bytes
+from train.step import kernels_in_int8
 
 # Published for LLaMA-7b at 8 x 512 tokens, activation checkpointing (LOMO, table 1): total GB.
 PUBLISHED = {"AdamW": 102.20, "SGD": 51.99, "LOMO": 14.58}
@@ -65,11 +66,19 @@ def parts_of(config: LlamaConfig) -> tuple[Any, Any, Any]:
     )
 
 
-def plain_step(config: LlamaConfig, tx: Any) -> Callable[..., Any]:
+def forward(config: LlamaConfig) -> Callable[[Any, jax.Array], jax.Array]:
+    """The loss of parameters, int8 ones too, and windows (B, S + 1)."""
     definition = llama.graphdef(config)
 
-    def loss(weights, windows):
-        return llama.merge(definition, weights).loss(windows[:, :-1], windows[:, 1:])[0]
+    def loss(params, windows):
+        model = llama.merge(definition, osub.dequantize(params))
+        return model.loss(windows[:, :-1], windows[:, 1:])[0]
+
+    return loss
+
+
+def plain_step(config: LlamaConfig, tx: Any) -> Callable[..., Any]:
+    loss = forward(config)
 
     def step(params, state, windows):
         weights = osub.dequantize(params)
@@ -78,23 +87,6 @@ def plain_step(config: LlamaConfig, tx: Any) -> Callable[..., Any]:
         return osub.apply_updates(params, updates), state, value
 
     return step
-
-
-def forward(config: LlamaConfig) -> Callable[..., Any]:
-    definition = llama.graphdef(config)
-
-    def evaluate(params, windows):
-        weights = osub.dequantize(params)
-        return llama.merge(definition, weights).loss(windows[:, :-1], windows[:, 1:])[0]
-
-    return evaluate
-
-
-def in_int8(params: Any) -> Any:
-    """The layers' kernels in int8, stored layer by layer."""
-    rules = llama.subspace_rules()
-    store = lambda layer: osub.quantize_weights({"layers": layer}, rules, min_size=0)["layers"]
-    return {**params, "layers": jax.vmap(store)(params["layers"])}
 
 
 def compile_row(name: str, function: Any, arguments: tuple[Any, ...], donate: Any) -> list[str]:
@@ -169,7 +161,7 @@ def main() -> None:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
         )
         arrays = jax.eval_shape(lambda key, c=config: llama.init_params(c, key), jax.random.key(0))
-        params = put(jax.eval_shape(in_int8, arrays) if args.int8 else arrays)
+        params = put(jax.eval_shape(kernels_in_int8, arrays) if args.int8 else arrays)
         windows = put(jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32))
         rows = [compile_row("forward only", forward(config), (params, windows), ())]
         chosen = {name: tx for name, tx in methods(rank).items() if name in args.methods}

@@ -73,6 +73,7 @@ def _with_settings_of(alias: Callable[..., Any], without: Sequence[str]) -> Call
                 raise TypeError(f"{function.__name__}: {error}") from None
             return function(*args, **kwargs)
 
+        # (What `inspect` reads first; the types of functions do not know of it.)
         checked.__signature__ = signature  # type: ignore[attr-defined]
         return checked
 

@@ -12,6 +12,7 @@ import optax
 
 from optax_subspace._blocks import dequantize
 from optax_subspace._dependence import check_leaves_apart
+from optax_subspace._projection import compute_dtype
 from optax_subspace._projectors._base import LAYER_AXIS
 from optax_subspace._rounding import apply_updates
 from optax_subspace._stack import (
@@ -217,7 +218,9 @@ def fused_backward(
 
         def wide(gradients: Any) -> Any:
             """In float32, without the loss scale, and clipped by value."""
-            gradients = jax.tree.map(lambda g: g.astype(_wide(g)) / state.scale, gradients)
+            gradients = jax.tree.map(
+                lambda g: g.astype(compute_dtype(g.dtype)) / state.scale, gradients
+            )
             if clip_value is None:
                 return gradients
             # (A clipped infinity would hide an overflow.)
@@ -342,7 +345,3 @@ def _next_scale(
     scale = jnp.where(grows, state.scale * how.factor, state.scale)
     scale = jnp.where(good_step, scale, jnp.maximum(state.scale / how.factor, 1.0))
     return scale, jnp.where(grows, 0, good)
-
-
-def _wide(x: Any) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)

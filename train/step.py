@@ -52,11 +52,15 @@ def init_state(
         params = lora.add(params, optimizer.adapters.rank, optimizer.adapters.alpha, of_adapters)
     opt_state = (fused or optimizer.tx).init(params)
     if int8_weights:
-        # Layer by layer, so that each can be taken out of the stack.
-        rules = llama.subspace_rules()
-        store = lambda layer: quantize_weights({"layers": layer}, rules, min_size=0)["layers"]
-        params = {**params, "layers": jax.vmap(store)(params["layers"])}
+        params = kernels_in_int8(params)
     return State(jnp.zeros([], jnp.int32), params, opt_state)
+
+
+def kernels_in_int8(params: Any) -> Any:
+    """The layers' kernels in int8, layer by layer, so that each can be taken out of the stack."""
+    rules = llama.subspace_rules()
+    store = lambda layer: quantize_weights({"layers": layer}, rules, min_size=0)["layers"]
+    return {**params, "layers": jax.vmap(store)(params["layers"])}
 
 
 def make_fused(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None) -> FusedStep:
