@@ -11,6 +11,20 @@ from optax_subspace._chaining import (
     subspace_project,
 )
 from optax_subspace._describe import Description, describe
+from optax_subspace._hamiltonian import (
+    Hamiltonian,
+    HamiltonianState,
+    hamiltonian,
+    scale_by_hamiltonian_descent,
+)
+from optax_subspace._kinetic import (
+    Kinetic,
+    adam_kinetic,
+    heavy_ball,
+    lion_k,
+    lion_kinetic,
+    nesterov,
+)
 from optax_subspace._layerwise import (
     FusedMetrics,
     FusedState,
@@ -47,7 +61,10 @@ __all__ = [
     "FusedMetrics",
     "FusedState",
     "FusedStep",
+    "Hamiltonian",
+    "HamiltonianState",
     "InSubspaceState",
+    "Kinetic",
     "Layout",
     "LeafBasis",
     "LeafPlan",
@@ -61,6 +78,7 @@ __all__ = [
     "SubspaceMetrics",
     "SubspaceState",
     "adalomo",
+    "adam_kinetic",
     "adamw8bit",
     "adaptive_period",
     "apply_updates",
@@ -70,9 +88,14 @@ __all__ = [
     "fused_backward",
     "galore",
     "galore_adamw8bit",
+    "heavy_ball",
+    "hamiltonian",
     "history_pca",
     "in_subspace",
+    "lion_k",
+    "lion_kinetic",
     "lomo",
+    "nesterov",
     "oja",
     "online_pca",
     "online_subspace_adamw8bit",
@@ -83,6 +106,7 @@ __all__ = [
     "quantize_weights",
     "random_projection",
     "scale_by_adam",
+    "scale_by_hamiltonian_descent",
     "scale_by_lion",
     "scale_by_subspace",
     "state_shardings",

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_subspace._hamiltonian import scale_by_hamiltonian_descent
+from optax_subspace._kinetic import adam_kinetic
 from optax_subspace._leaves import Rules, path_name
 from optax_subspace._projectors import Projector, history_pca, svd
 from optax_subspace._subspace import scale_by_subspace
@@ -155,7 +157,7 @@ def online_subspace_descent(
       moments: ``keep``, ``project`` or ``reset``; by default ``project`` with the default rule and
         ``keep``, as published, with another.
       side, rules, projector_dtype, stagger, accumulate, seed: see :func:`scale_by_subspace`.
-      inner: transformation in the subspace, ``optax.scale_by_adam(eps=1e-6)`` by default.
+      inner: transformation in the subspace, Adam with ``eps=1e-6`` by default.
       weight_decay: decoupled decay :math:`\lambda`, in full space and times the learning rate.
       mask: tree of booleans, or a function from parameters to one: which leaves decay.
 
@@ -179,7 +181,7 @@ def online_subspace_descent(
     if moments is None:
         moments = "project" if projector is None else "keep"
     return _optimizer(
-        optax.scale_by_adam(eps=1e-6) if inner is None else inner,
+        scale_by_hamiltonian_descent(adam_kinetic(eps=1e-6)) if inner is None else inner,
         learning_rate,
         weight_decay,
         mask,
@@ -233,20 +235,5 @@ def _optimizer(
 
 def scale_by_galore_adam(b1, b2, eps, mu_dtype=None, nu_dtype=None) -> optax.GradientTransformation:
     """Adam as in GaLore's code: epsilon is added before the bias correction."""
-
-    def init_fn(params):
-        zeros = lambda dtype: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype or p.dtype), params)
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(mu_dtype), zeros(nu_dtype))
-
-    def update_fn(updates, state, params=None):
-        del params
-        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
-        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g**2, updates, state.nu)
-        count = optax.safe_increment(state.count)
-        t = count.astype(jnp.float32)
-        correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
-        new = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu)
-        # The moments' storage dtypes are restored by scale_by_subspace.
-        return new, optax.ScaleByAdamState(count, mu, nu)
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    kinetic = adam_kinetic(b1, b2, eps, eps_before_correction=True)
+    return scale_by_hamiltonian_descent(kinetic, mu_dtype=mu_dtype, nu_dtype=nu_dtype)

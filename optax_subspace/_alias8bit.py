@@ -10,6 +10,8 @@ from typing import Any
 import optax
 
 from optax_subspace._alias import galore, online_subspace_descent, scale_by_galore_adam
+from optax_subspace._hamiltonian import scale_by_hamiltonian_descent
+from optax_subspace._kinetic import adam_kinetic
 from optax_subspace._quantize import quantize_state
 
 
@@ -45,10 +47,15 @@ def adamw8bit(
       'uint8'
     """
     return optax.chain(
-        quantize_state(optax.scale_by_adam(b1, b2, eps), **storage or {}),
+        quantize_state(_scale_by_adam(b1, b2, eps), **storage or {}),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Optax' own, whose energy can be measured."""
+    return scale_by_hamiltonian_descent(adam_kinetic(b1, b2, eps))
 
 
 def _with_settings_of(alias: Callable[..., Any], without: Sequence[str]) -> Callable[[Any], Any]:
@@ -149,5 +156,5 @@ def online_subspace_adamw8bit(
       >>> state[0].inner.inner.nu["w"].layout.signed
       False
     """
-    inner = quantize_state(optax.scale_by_adam(b1, b2, eps), **storage or {})
+    inner = quantize_state(_scale_by_adam(b1, b2, eps), **storage or {})
     return online_subspace_descent(learning_rate, rank, inner=inner, **settings)

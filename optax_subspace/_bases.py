@@ -72,7 +72,8 @@ class Subspace:
         storage_of(projector_dtype)  # raises for what is none
 
     def plan(self, tree: Any) -> list[LeafPlan]:
-        return plan_tree(
+        """The plan of each leaf, whose scale is the one that it has, by the gradients seen."""
+        plans = plan_tree(
             tree,
             self.rules,
             rank=self.rank,
@@ -82,6 +83,11 @@ class Subspace:
             projector_dtype=self.projector_dtype,
             accumulate=self.accumulate,
         )
+        return [dataclasses.replace(p, scale=self._scale(p)) for p in plans]
+
+    def _scale(self, plan: LeafPlan) -> Any:
+        scale = self.scale if plan.scale is None else plan.scale
+        return (lambda seen: scale(seen // self.accumulate)) if callable(scale) else scale
 
     def init(self, params: optax.Params) -> tuple[ProjectionState, list[LeafPlan]]:
         """Bases of zeros: the first gradient gives the first basis. Only shapes are read."""
@@ -174,7 +180,7 @@ class Subspace:
                 used=used,
                 ready=last,
                 plan=plan,
-                factor=self._factor(plan, state.steps // self.accumulate),
+                factor=plan.scale(state.steps) if callable(plan.scale) else plan.scale,
                 dtype_out=leaf.dtype,
                 rank=self.rank,
             )
@@ -271,10 +277,6 @@ class Subspace:
             drift=jnp.where(done, 1 - overlap, basis.drift),
         )
         return followed, turn if rotate else None
-
-    def _factor(self, plan: LeafPlan, step: jax.Array) -> Any:
-        scale = self.scale if plan.scale is None else plan.scale
-        return scale(step) if callable(scale) else scale
 
 
 @jax.jit

@@ -110,6 +110,11 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x, Quantized)
 
 
+def is_variable(x: Any) -> bool:
+    """Whether ``x`` is a variable of NNX, told by what it can do, for ``is_leaf``."""
+    return hasattr(x, "get_value") and hasattr(x, "get_metadata")
+
+
 def quantize(
     x: jax.Array, layout: Layout | str = "dynamic", key: jax.Array | None = None
 ) -> Quantized:

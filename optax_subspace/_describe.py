@@ -120,19 +120,25 @@ def suggested_rule(leaf: LeafPlan) -> str:
 _local = threading.local()
 
 
-def record(plans: list[Any]) -> None:
-    """Adds plans to the innermost open recording of this thread, if there is one."""
+def record(facts: Sequence[Any]) -> None:
+    """Adds to the innermost open recording of this thread, if there is one."""
     recordings = getattr(_local, "recordings", None)
     if recordings:
-        recordings[-1].extend(plans)
+        recordings[-1].extend(facts)
+
+
+def recorded(tx: optax.GradientTransformation, params: Any) -> tuple[list[Any], Any]:
+    """What the parts of ``tx`` record as they are initialised, and the shapes of its state."""
+    with recording() as facts:
+        # A function of its own each time: JAX would not run one that it has traced before.
+        state = jax.eval_shape(lambda p: tx.init(p), params)
+    return list(facts), state
 
 
 def planned(tx: optax.GradientTransformation, params: Any) -> tuple[list[LeafPlan], Any]:
     """The plans of all projections in ``tx`` for ``params``, and the shapes of its state."""
-    with recording() as plans:
-        # A function of its own each time: JAX would not run one that it has traced before.
-        state = jax.eval_shape(lambda p: tx.init(p), params)
-    return list(plans), state
+    facts, state = recorded(tx, params)
+    return [fact for fact in facts if isinstance(fact, LeafPlan)], state
 
 
 @contextlib.contextmanager

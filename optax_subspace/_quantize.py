@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._blocks import Layout, dequantize, is_quantized, quantize, quantize_like
+from optax_subspace._blocks import (
+    Layout,
+    dequantize,
+    is_quantized,
+    is_variable,
+    quantize,
+    quantize_like,
+)
 from optax_subspace._codes import code_of
 from optax_subspace._inner_state import holds_squares
 from optax_subspace._leaves import path_name
@@ -102,7 +109,7 @@ def quantize_state(
 
         def store(path, x):
             # A variable of NNX gives way to its blocks: NNX would take them for a part of the tree.
-            value = x.get_value() if _is_variable(x) else x
+            value = x.get_value() if is_variable(x) else x
             layout = _layout(path, value, default, compiled, min_size, matched)
             if layout is None:
                 return x
@@ -110,7 +117,7 @@ def quantize_state(
             wide = value.astype(compute_dtype(value.dtype))
             return quantize(jax.lax.optimization_barrier(wide), layout)
 
-        stays = lambda node: isinstance(node, ProjectionState) or _is_variable(node)
+        stays = lambda node: isinstance(node, ProjectionState) or is_variable(node)
         stored = jax.tree_util.tree_map_with_path(store, state, is_leaf=stays)
         _check_rules(compiled, matched, state, bool(jax.tree.leaves(params)))
         key = key_of(seed) if stochastic_rounding else None
@@ -132,10 +139,6 @@ def quantize_state(
         return updates, QuantizedState(stored, key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _is_variable(node: Any) -> bool:
-    return hasattr(node, "get_value") and hasattr(node, "get_metadata")
 
 
 def _check_rules(

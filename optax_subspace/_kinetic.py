@@ -1,0 +1,365 @@
+"""Kinetic energies: what sort of momentum method a Hamiltonian descent is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Muon's, by which five steps bring all singular values to between 0.7 and 1.2.
+MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+class Kinetic(NamedTuple):
+    r"""A convex kinetic energy :math:`K(S)` of one leaf's momentum, with its damping.
+
+    Attributes:
+      energy: ``(momentum, nu, weights) -> ()``. ``nu`` is the running mean of the squared
+        gradients, or None; ``weights`` are two scalars, ``1 - decay**steps`` of the momentum and of
+        ``nu``: the part of a mean that is gradients and not the zeros that it began with.
+      gradient: with the same arguments, :math:`\nabla K`, of the momentum's shape; None for
+        ``jax.grad(energy)``.
+      damping: :math:`a` in :math:`S' = (1 - a) S + a G`.
+      lookahead: :math:`c` in the point :math:`(1 - c) S + c G` at which :math:`\nabla K` is taken;
+        None for the damping, with which that point is :math:`S'`.
+      squares: decay of the running mean of the squared gradients; None if there is none.
+
+    Example:
+      A kinetic energy of one's own is a convex function:
+
+      >>> import jax.numpy as jnp
+      >>> from optax_subspace import Kinetic, scale_by_hamiltonian_descent
+      >>> huber = Kinetic(lambda s, *_: jnp.sum(jnp.sqrt(1 + s**2) - 1), damping=0.5)
+      >>> tx = scale_by_hamiltonian_descent(huber)
+      >>> updates, state = tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.ones(2)}))
+      >>> [round(x, 4) for x in updates["w"].tolist()]
+      [0.4472, 0.4472]
+    """
+
+    energy: Callable[..., jax.Array]
+    gradient: Callable[..., jax.Array] | None = None
+    damping: float = 0.1
+    lookahead: float | None = None
+    squares: float | None = None
+
+
+def heavy_ball(decay: float = 0.9) -> Kinetic:
+    r"""Polyak's momentum, :math:`K(S) = \|S\|^2 / 2 (1 - d)`: equal to ``optax.trace(decay)``.
+
+    Args:
+      decay: :math:`d`, of the momentum at each step.
+
+    Returns:
+      The kinetic energy, with damping :math:`1 - d`.
+
+    Raises:
+      ValueError: ``decay`` is not within [0, 1).
+
+    Example:
+      >>> heavy_ball(0.5).damping
+      0.5
+
+    References:
+      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 3.
+    """
+    _check_decay("heavy_ball: decay", decay)
+    energy = lambda s, *_: jnp.sum(s**2) / (2 * (1 - decay))
+    return Kinetic(energy, lambda s, *_: s / (1 - decay), damping=1 - decay)
+
+
+def nesterov(decay: float = 0.9) -> Kinetic:
+    r"""Nesterov's momentum: equal to ``optax.trace(decay, nesterov=True)``.
+
+    The energy is that of :func:`heavy_ball`; its gradient is taken at
+    :math:`d S' + (1 - d) G = d^2 S + (1 - d^2) G`.
+
+    Args:
+      decay: :math:`d`, of the momentum at each step.
+
+    Returns:
+      The kinetic energy, with damping :math:`1 - d`.
+
+    Raises:
+      ValueError: ``decay`` is not within [0, 1).
+
+    Example:
+      >>> nesterov(0.5).lookahead
+      0.75
+
+    References:
+      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 3.
+    """
+    _check_decay("nesterov: decay", decay)
+    return heavy_ball(decay)._replace(lookahead=1 - decay**2)
+
+
+def adam_kinetic(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    bias_correction: bool = True,
+    eps_before_correction: bool = False,
+) -> Kinetic:
+    r"""Adam: :math:`K(S) = \sum S^2 / 2 (\sqrt{V} + \epsilon)`; equal to ``optax.scale_by_adam``.
+
+    ``K`` changes with :math:`V`. The energy decreases nevertheless if
+    :math:`\frac{\beta_1}{1 - \beta_1} (\beta_2^{-1/2} - 1) \le 2`, in continuous time
+    :math:`1 - \beta_1 \ge (1 - \beta_2) / 4`.
+
+    Args:
+      b1, b2: decay of the momentum and of the squared gradients' mean.
+      eps: :math:`\epsilon`.
+      bias_correction: divide both means by ``1 - decay**steps``.
+      eps_before_correction: add ``eps`` to the root of the uncorrected mean, as GaLore's code does.
+
+    Returns:
+      The kinetic energy, with damping :math:`1 - \beta_1`.
+
+    Raises:
+      ValueError: ``b1`` or ``b2`` is not within [0, 1), or ``eps`` not positive.
+
+    Example:
+      >>> adam_kinetic().squares
+      0.999
+
+    References:
+      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 3.
+    """
+    _check_decay("adam_kinetic: b1", b1)
+    _check_decay("adam_kinetic: b2", b2)
+    _check_positive("adam_kinetic: eps", eps)
+
+    def gradient(s, nu, weights):
+        of_s, of_nu = weights if bias_correction else (1.0, 1.0)
+        if eps_before_correction:
+            return s * jnp.sqrt(of_nu) / (of_s * (jnp.sqrt(nu) + eps))
+        return (s / of_s) / (jnp.sqrt(nu / of_nu) + eps)
+
+    energy = lambda s, nu, weights: jnp.sum(s * gradient(s, nu, weights)) / 2
+    return Kinetic(energy, gradient, damping=1 - b1, squares=b2)
+
+
+def lion_kinetic(b1: float = 0.9, b2: float = 0.99, *, smoothing: float = 0.0) -> Kinetic:
+    r"""Lion, :math:`K(S) = \|S\|_1`: equal to ``optax.scale_by_lion``.
+
+    Args:
+      b1: of the momentum in the point whose sign is taken.
+      b2: decay of the momentum.
+      smoothing: :math:`\mu` of :math:`K(S) = \sum \sqrt{S^2 + \mu^2} - \mu`, whose gradient passes
+        smoothly from -1 to 1; 0 is the sign.
+
+    Returns:
+      The kinetic energy, with damping :math:`1 - \beta_2`.
+
+    Raises:
+      ValueError: ``b1`` or ``b2`` is not within [0, 1), or ``smoothing`` is negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> lion_kinetic().gradient(jnp.array([-3.0, 0.0, 0.5]), None, None).tolist()
+      [-1.0, 0.0, 1.0]
+
+    References:
+      Chen et al., `Lion Secretly Solves Constrained Optimization
+      <https://arxiv.org/abs/2310.05898>`_, 2023.
+    """
+    return lion_k(1, b1, b2, smoothing=smoothing)
+
+
+def lion_k(
+    norm: float | str,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    *,
+    smoothing: float = 0.0,
+    coefficients: Sequence[float] = MUON_COEFFICIENTS,
+    steps: int = 5,
+) -> Kinetic:
+    r"""Lion with another norm as kinetic energy, whose gradient has length one in the dual norm.
+
+    Leaves of two and more dimensions are matrices of their last two, each with a norm of its own;
+    others are one vector, whose nuclear norm is the Frobenius norm.
+
+    ==================  ==================================================================
+    ``norm``            gradient
+    ==================  ==================================================================
+    1                   the sign
+    ``p`` above 1       :math:`\mathrm{sign}(S) |S|^{p-1} / \|S\|_p^{p-1}`
+    ``inf``             the sign of the largest entry alone, shared where several are
+    ``"frobenius"``     :math:`S / \|S\|_F`
+    ``"nuclear"``       :math:`U V^\top` of :math:`S = U \Sigma V^\top`, by Newton-Schulz: Muon
+    ==================  ==================================================================
+
+    Muon (``optax.contrib.muon``, for square weights) without Nesterov's momentum is
+    ``lion_k("nuclear", b1=beta, b2=beta)``, with it ``lion_k("nuclear", b1=beta**2, b2=beta)``, but
+    for the bias correction of its first steps.
+
+    Args:
+      norm: see the table; ``"l1"``, ``"l2"`` and ``"linf"`` are names of three of them.
+      b1: of the momentum in the point at which the gradient is taken.
+      b2: decay of the momentum.
+      smoothing: :math:`\mu`, for a gradient that passes smoothly through zero:
+        :math:`\sqrt{x^2 + \mu^2}` takes the place of each magnitude (entries, singular values), a
+        log-sum-exp of temperature :math:`\mu` that of the largest.
+      coefficients: of the Newton-Schulz polynomial :math:`a x + b x^3 + c x^5`. With Muon's, the
+        singular values of the update lie near one, without an end; ``(1.875, -1.25, 0.375)``
+        converges to one with enough steps.
+      steps: of Newton-Schulz.
+
+    Returns:
+      The kinetic energy, with damping :math:`1 - \beta_2`.
+
+    Raises:
+      ValueError: the norm is unknown, or below 1; ``b1`` or ``b2`` is not within [0, 1); a negative
+        ``smoothing``; no ``steps``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> muon = lion_k("nuclear", coefficients=(1.875, -1.25, 0.375), steps=12)
+      >>> jnp.round(muon.gradient(jnp.array([[3.0, 0.0], [0.0, 0.5]]), None, None), 3).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+
+    References:
+      Chen et al., `Lion Secretly Solves Constrained Optimization
+      <https://arxiv.org/abs/2310.05898>`_, 2023, table 1; Jordan et al., `Muon
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024.
+    """
+    _check_decay("lion_k: b1", b1)
+    _check_decay("lion_k: b2", b2)
+    if smoothing < 0:
+        raise ValueError(f"lion_k: smoothing must not be negative, got {smoothing}")
+    if steps < 1:
+        raise ValueError(f"lion_k: steps must be at least 1, got {steps}")
+    mu = smoothing
+    norm = {"l1": 1.0, "l2": 2.0, "frobenius": 2.0, "linf": float("inf")}.get(norm, norm)  # type: ignore[arg-type]
+    if norm == "nuclear":
+        a, b, c = coefficients
+        value = lambda s: _nuclear_norm(s, mu)
+        slope = lambda s: _orthogonalized(s, mu, (a, b, c), steps)
+    elif isinstance(norm, str) or not norm >= 1:
+        raise ValueError(
+            f"lion_k: unknown norm {norm!r}: give a number of at least 1, 'frobenius' or 'nuclear'"
+        )
+    elif norm == float("inf"):
+        value, slope = (lambda s: _largest(s, mu)), (lambda s: _share_of_largest(s, mu))
+    elif norm == 1:
+        # (An integer power of the sign's own would be 0 / 0 at zero.)
+        value = lambda s: jnp.sum(_magnitude(s, mu) - mu, axis=_matrix_axes(s))
+        slope = lambda s: s / _magnitude(s, mu) if mu else jnp.sign(s)
+    else:
+        value, slope = (lambda s: _p_norm(s, norm, mu)), (lambda s: _p_slope(s, norm, mu))
+    return Kinetic(
+        lambda s, *_: jnp.sum(value(s)),
+        lambda s, *_: slope(s),
+        damping=1 - b2,
+        lookahead=1 - b1,
+    )
+
+
+def _check_decay(name: str, value: Any) -> None:
+    if not isinstance(value, jax.Array) and not 0 <= value < 1:
+        raise ValueError(f"{name} must be within [0, 1), got {value}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, jax.Array) and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _matrix_axes(s: jax.Array) -> tuple[int, ...]:
+    return tuple(range(-min(s.ndim, 2), 0))
+
+
+def _magnitude(s: jax.Array, mu: float) -> jax.Array:
+    return jnp.sqrt(s**2 + mu**2) if mu else jnp.abs(s)
+
+
+def _scaled(s: jax.Array, mu: float) -> tuple[jax.Array, jax.Array]:
+    """Magnitudes over the largest of their matrix, and that one: powers neither vanish nor grow."""
+    size = _magnitude(s, mu)
+    largest = jnp.max(size, axis=_matrix_axes(s), keepdims=True)
+    return size / jnp.where(largest > 0, largest, 1), largest
+
+
+def _p_norm(s: jax.Array, p: float, mu: float) -> jax.Array:
+    size, largest = _scaled(s, mu)
+    at_zero = mu * _entries(s) ** (1 / p)
+    norms = jnp.sum(size**p, axis=_matrix_axes(s), keepdims=True) ** (1 / p) * largest
+    return norms - at_zero
+
+
+def _p_slope(s: jax.Array, p: float, mu: float) -> jax.Array:
+    size, largest = _scaled(s, mu)
+    norms = jnp.sum(size**p, axis=_matrix_axes(s), keepdims=True) ** (1 / p)
+    # Zero where the matrix is.
+    slope = (size / jnp.where(norms > 0, norms, 1)) ** (p - 1)
+    return slope * (s / _magnitude(s, mu) if mu else jnp.sign(s))
+
+
+def _entries(s: jax.Array) -> int:
+    count = 1
+    for axis in _matrix_axes(s):
+        count *= s.shape[axis]
+    return count
+
+
+def _largest(s: jax.Array, mu: float) -> jax.Array:
+    axes = _matrix_axes(s)
+    if not mu:
+        return jnp.max(jnp.abs(s), axis=axes)
+    both = jnp.stack([s, -s]) / mu
+    above = jax.nn.logsumexp(both, axis=(0, *axes))
+    return mu * (above - jnp.log(2.0 * _entries(s)))
+
+
+def _share_of_largest(s: jax.Array, mu: float) -> jax.Array:
+    axes = _matrix_axes(s)
+    if mu:
+        shares = jax.nn.softmax(jnp.stack([s, -s]) / mu, axis=(0, *axes))
+        return shares[0] - shares[1]
+    size = jnp.abs(s)
+    largest = (size == jnp.max(size, axis=axes, keepdims=True)) & (size > 0)
+    count = jnp.sum(largest, axis=axes, keepdims=True)
+    return jnp.where(largest, jnp.sign(s), 0) / jnp.maximum(count, 1)
+
+
+def _as_matrix(s: jax.Array) -> jax.Array:
+    return s if s.ndim >= 2 else s.reshape(1, -1)
+
+
+def _nuclear_norm(s: jax.Array, mu: float) -> jax.Array:
+    matrices = _as_matrix(s)
+    slices = matrices.reshape(-1, *matrices.shape[-2:])
+    # (One after the other, see ``_refresh.in_slices``.)
+    values = jax.lax.map(lambda m: jnp.linalg.svd(m, compute_uv=False), slices)
+    return jnp.sum(_magnitude(values, mu) - mu)
+
+
+def _orthogonalized(
+    s: jax.Array, mu: float, coefficients: tuple[float, float, float], steps: int
+) -> jax.Array:
+    """``S (S^T S + mu^2)^(-1/2)`` by Newton-Schulz, for the last two axes."""
+    x = _as_matrix(s)
+    rows, columns = x.shape[-2:]
+    if rows > columns:
+        x = x.mT
+    if mu:
+        # The polar factor of (S, mu I) has the one of S, smoothed, in its first columns.
+        side = jnp.broadcast_to(
+            mu * jnp.eye(x.shape[-2], dtype=x.dtype), (*x.shape[:-1], x.shape[-2])
+        )
+        x = jnp.concatenate([x, side], axis=-1)
+    tiny = jnp.finfo(x.dtype).tiny
+    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True), tiny)
+    x = x / largest
+    x = x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), tiny)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    if mu:
+        x = x[..., : max(rows, columns)]
+    return (x.mT if rows > columns else x).reshape(s.shape)

@@ -1,0 +1,326 @@
+"""Hamiltonian descent: equal to optax where they coincide, and measured in every composition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import optax_subspace as osub
+from tests import trees
+
+CONVERGING = (1.875, -1.25, 0.375)
+PEERS = {
+    "heavy_ball": (osub.heavy_ball(0.8), optax.trace(0.8)),
+    "nesterov": (osub.nesterov(0.8), optax.trace(0.8, nesterov=True)),
+    "adam": (osub.adam_kinetic(0.8, 0.95, 1e-4), optax.scale_by_adam(0.8, 0.95, 1e-4)),
+    "lion": (osub.lion_kinetic(0.8, 0.95), optax.scale_by_lion(0.8, 0.95)),
+}
+
+
+def matrices():
+    return {name: trees.params()[name] for name in ("tall", "wide", "square")}
+
+
+def trajectory(tx, params, steps=6):
+    """The updates of some steps under one jitted update, and the last state."""
+    update, state, out = jax.jit(tx.update), tx.init(params), []
+    for step in range(steps):
+        updates, state = update(trees.grads(params, 0.7 * step), state, params)
+        out.append(updates)
+    return out, state
+
+
+def assert_close(got, expected, rtol=1e-6):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("inside", [False, True], ids=["full", "subspace"])
+def test_equals_optax(name, inside):
+    kinetic, peer = PEERS[name]
+    ours = osub.scale_by_hamiltonian_descent(kinetic)
+    params = matrices() | {"bias": trees.params()["bias"]}
+    if inside:
+        wrap = lambda tx: osub.scale_by_subspace(tx, rank=4, projector=osub.svd(3))
+        ours, peer = wrap(ours), wrap(peer)
+    got, expected = trajectory(ours, params)[0], trajectory(peer, params)[0]
+    assert_close(got, expected)
+
+
+def test_equals_muon():
+    with jax.enable_x64(True):  # in float32 the products' rounding is above 1e-6
+        equals_muon({"square": trees.params(jnp.float64)["square"]})
+
+
+def equals_muon(params):
+    without = optax.contrib.muon(1.0, beta=0.9, nesterov=False)
+    ours = optax.chain(
+        osub.scale_by_hamiltonian_descent(osub.lion_k("nuclear", 0.9, 0.9)), optax.scale(-1)
+    )
+    assert_close(trajectory(ours, params)[0], trajectory(without, params)[0])
+    # With Nesterov's momentum, once the bias correction of its first steps is over.
+    peer = optax.contrib.scale_by_muon(
+        beta=0.5, weight_dimension_numbers={"square": optax.contrib.MuonDimensionNumbers()}
+    )
+    ours = osub.scale_by_hamiltonian_descent(osub.lion_k("nuclear", 0.25, 0.5))
+    assert_close(trajectory(ours, params, 30)[0][-1], trajectory(peer, params, 30)[0][-1])
+
+
+SMOOTH = {
+    "heavy_ball": osub.heavy_ball(),
+    "lion": osub.lion_kinetic(smoothing=0.1),
+    "l1.5": osub.lion_k(1.5, smoothing=0.1),
+    "l3": osub.lion_k(3, smoothing=0.1),
+    "linf": osub.lion_k("linf", smoothing=0.1),
+    "frobenius": osub.lion_k("frobenius", smoothing=0.1),
+    "nuclear": osub.lion_k("nuclear", smoothing=0.1, coefficients=CONVERGING, steps=25),
+}
+SHARP = {
+    "lion": osub.lion_kinetic(),
+    "l1.5": osub.lion_k(1.5),
+    "l3": osub.lion_k(3),
+    "linf": osub.lion_k(np.inf),
+    "frobenius": osub.lion_k("l2"),
+    "nuclear": osub.lion_k("nuclear", coefficients=CONVERGING, steps=40),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("shape", [(4, 3), (3, 5), (2, 3, 4), (6,), ()])
+def test_the_gradient_is_that_of_the_energy(name, shape):
+    for kinetic in (SMOOTH[name], SHARP.get(name, SMOOTH[name])):
+        with jax.enable_x64(True):
+            s = jnp.asarray(np.random.default_rng(1).normal(size=shape))
+            expected = jax.grad(kinetic.energy)(s, None, None)
+            got = kinetic.gradient(s, None, None)
+            assert got.shape == shape and got.dtype == s.dtype
+            np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-8)
+            # Least at zero, and convex between any two momenta.
+            zero = jnp.zeros_like(s)
+            assert abs(float(kinetic.energy(zero, None, None))) < 1e-12
+            np.testing.assert_allclose(kinetic.gradient(zero, None, None), zero, atol=1e-12)
+            other = jnp.asarray(np.random.default_rng(2).normal(size=shape))
+            middle = kinetic.energy((s + other) / 2, None, None)
+            ends = kinetic.energy(s, None, None) + kinetic.energy(other, None, None)
+            assert float(middle) <= float(ends) / 2 + 1e-12
+
+
+@pytest.mark.parametrize("name", SHARP)
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_norms_neither_overflow_nor_vanish(name, size):
+    s = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)), jnp.float32)
+    at_one = SHARP[name].gradient(s, None, None)
+    np.testing.assert_allclose(SHARP[name].gradient(size * s, None, None), at_one, atol=2e-5)
+
+
+def test_the_momentum_is_kept_in_the_dtype_asked_for():
+    tx = osub.scale_by_hamiltonian_descent(
+        osub.adam_kinetic(), mu_dtype=jnp.bfloat16, nu_dtype=jnp.float16
+    )
+    params = {"w": jnp.ones((4, 3))}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state)
+    assert (state.mu["w"].dtype, state.nu["w"].dtype) == (jnp.bfloat16, jnp.float16)
+    assert updates["w"].dtype == jnp.float32
+
+
+def test_a_kinetic_energy_without_a_gradient():
+    given = osub.heavy_ball(0.5)
+    derived = given._replace(gradient=None)
+    params = matrices()
+    transform = osub.scale_by_hamiltonian_descent
+    assert_close(trajectory(transform(derived), params)[0], trajectory(transform(given), params)[0])
+
+
+def test_the_damping_can_be_given():
+    params = matrices()
+    tx = osub.scale_by_hamiltonian_descent(osub.lion_k("l2"), damping=0.5)
+    _, state = trajectory(tx, params, 1)
+    assert_close(state.mu, jax.tree.map(lambda g: 0.5 * g, trees.grads(params)))
+
+
+def expected_energy(mu, factors, kinetic, rate):
+    c = kinetic.damping if kinetic.lookahead is None else kinetic.lookahead
+    total = sum(factors[k] * float(kinetic.energy(m, None, None)) for k, m in mu.items())
+    return rate * (1 - c) / kinetic.damping * total
+
+
+@pytest.mark.parametrize("spelling", ["pure", "chain", "masked", "jit"])
+def test_the_hamiltonian_is_the_sum_over_the_leaves(spelling):
+    kinetic = osub.lion_k("frobenius", 0.7, 0.9)
+    momentum = osub.scale_by_hamiltonian_descent(kinetic)
+    rules = [("wide", osub.MatrixSpec(scale=0.5))]
+    rules += [("square", None)] if spelling != "masked" else []
+    schedule = lambda step: 1.0 + step
+    settings = {"rank": 4, "rules": rules, "scale": schedule}
+    if spelling == "chain":
+        tx = optax.chain(osub.subspace_project(**settings), osub.in_subspace(momentum))
+    else:
+        tx = osub.scale_by_subspace(momentum, **settings)
+    if spelling == "masked":
+        tx = optax.masked(tx, {"tall": True, "wide": True, "square": False})
+    tx = optax.chain(tx, optax.scale(-0.1))
+    params = matrices()
+    _, state = trajectory(tx, params, 3)
+    mu = next(
+        n.mu
+        for n in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, osub.HamiltonianState))
+        if isinstance(n, osub.HamiltonianState)
+    )
+    measure = lambda loss, state: osub.hamiltonian(loss, state, tx, params, 0.1)
+    found = (jax.jit(measure) if spelling == "jit" else measure)(2.0, state)
+    # The third step, counted from zero as optax does, has the scale 3.
+    factors = {"tall": 3.0, "wide": 0.5, "square": 1.0}
+    inside = {k: m for k, m in mu.items() if hasattr(m, "shape")}
+    energy = expected_energy(inside, factors, kinetic, 0.1)
+    np.testing.assert_allclose(found.kinetic, energy, rtol=1e-6)
+    np.testing.assert_allclose(found.total, 2.0 + energy, rtol=1e-6)
+    assert float(found.potential) == 2.0 and np.isnan(found.dissipation)
+    assert all(x.shape == () and x.dtype == jnp.float32 for x in found)
+
+
+def test_the_hamiltonian_of_an_nnx_optimizer():
+    tx = osub.scale_by_subspace(osub.scale_by_hamiltonian_descent(osub.heavy_ball()), rank=2)
+    model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    gradients = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    optimizer.update(model, gradients)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params))[1]
+    expected = osub.hamiltonian(1.0, state, tx, params, 0.1)
+    got = osub.hamiltonian(1.0, optimizer.opt_state, tx, params, 0.1)
+    np.testing.assert_allclose(got.total, expected.total, rtol=1e-6)
+    assert float(got.kinetic) > 0
+
+
+@pytest.mark.parametrize("name", ["adam", "nesterov"])
+def test_in_eight_bits_the_energy_is_nearly_the_same(name):
+    kinetic, _ = PEERS[name]
+    inner = osub.scale_by_hamiltonian_descent(kinetic)
+    params = {"w": jax.random.normal(jax.random.key(0), (96, 64))}
+    results = []
+    for tx in (inner, osub.quantize_state(inner, min_size=64)):
+        tx = osub.scale_by_subspace(tx, rank=16)
+        before = tx.init(params)
+        updates, state = trajectory(tx, params, 4)
+        assert jax.tree.structure(before) == jax.tree.structure(state)
+        results.append((updates[-1]["w"], osub.hamiltonian(0.0, state, tx, params, 0.1)))
+    assert "uint8" in {str(x.dtype) for x in jax.tree.leaves(state)}
+    (exact, energy), (stored, found) = results
+    error = np.linalg.norm(stored - exact) / np.linalg.norm(exact)
+    assert 0 < error < 0.05
+    np.testing.assert_allclose(found.kinetic, energy.kinetic, rtol=0.05)
+    np.testing.assert_allclose(found.predicted, energy.predicted, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["adam", "lion", "nuclear"])
+def test_in_the_fused_step(name):
+    kinetic = PEERS[name][0] if name in PEERS else osub.lion_k("nuclear", 0.9, 0.9)
+    rules = [("layers", osub.MatrixSpec(-2, -1)), (".*", None)]
+    tx = optax.chain(
+        osub.scale_by_subspace(
+            osub.scale_by_hamiltonian_descent(kinetic), rank=3, rules=rules, scale=0.5
+        ),
+        optax.scale(-0.01),
+    )
+    key = jax.random.key(0)
+    params = {
+        "embed": jnp.eye(6, 8),
+        "layers": {"w": jax.random.normal(key, (3, 8, 8)) / 3},
+        "head": jnp.ones((8, 1)),
+    }
+    embed = lambda rest, batch: batch @ rest["embed"]
+    block = lambda layer, x: jnp.tanh(x @ layer["w"])
+    loss = lambda rest, x, batch: jnp.mean((x @ rest["head"] - 1) ** 2)
+    fused = osub.fused_backward(embed, block, loss, tx)
+
+    def whole(params, batch):
+        x = embed(params, batch)
+        for i in range(3):
+            x = block(jax.tree.map(lambda a, i=i: a[i], params["layers"]), x)
+        return loss(params, x, batch)
+
+    batch = jax.random.normal(key, (5, 6))
+    step, plain, fused_params = jax.jit(fused.step), jax.jit(jax.value_and_grad(whole)), params
+    state, fused_state = tx.init(params), fused.init(params)
+    for _ in range(3):
+        value, gradients = plain(params, batch)
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        fused_params, fused_state, metrics = step(fused_params, fused_state, batch)
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
+    assert_close(fused_params, params, 2e-5)
+    measure = jax.jit(lambda state: osub.hamiltonian(value, state, tx, params, 0.01))
+    got, expected = measure(fused_state), measure(state)
+    np.testing.assert_allclose(got[1:4], expected[1:4], rtol=1e-4)
+    assert float(got.kinetic) > 0
+
+
+def test_optax_states_are_measured_with_a_given_energy():
+    kinetic, peer = PEERS["adam"]
+    params = matrices()
+    ours = osub.scale_by_subspace(osub.scale_by_hamiltonian_descent(kinetic), rank=4)
+    theirs = osub.scale_by_subspace(peer, rank=4)
+    expected = osub.hamiltonian(1.0, trajectory(ours, params)[1], ours, params, 0.1)
+    state = trajectory(theirs, params)[1]
+    got = osub.hamiltonian(1.0, state, theirs, params, 0.1, kinetic=kinetic)
+    np.testing.assert_allclose(got[:4], expected[:4], rtol=1e-5)
+    with pytest.raises(ValueError, match="kinetic=adam_kinetic"):
+        osub.hamiltonian(1.0, state, theirs, params, 0.1)
+
+
+@pytest.mark.parametrize("alias", ["galore", "online_subspace_descent", "galore_adamw8bit"])
+def test_the_aliases_can_be_measured(alias):
+    tx = getattr(osub, alias)(0.01, rank=4, rules=[("tall", None)])
+    params = matrices()
+    state = tx.init(params)
+    assert float(osub.hamiltonian(3.0, state, tx, params, 0.01).total) == 3.0
+    _, state = tx.update(params, state, params)
+    found = osub.hamiltonian(3.0, state, tx, params, 0.01)
+    assert np.isfinite(found[:4]).all() and float(found.kinetic) > 0
+
+
+def test_errors_tell_what_to_do():
+    params = matrices()
+    with pytest.raises(TypeError, match=r"heavy_ball\(0.9\), got 0.9"):
+        osub.scale_by_hamiltonian_descent(0.9)
+    with pytest.raises(ValueError, match=r"damping must be within \(0, 1\], got 0"):
+        osub.scale_by_hamiltonian_descent(osub.heavy_ball(), damping=0)
+    with pytest.raises(ValueError, match=r"heavy_ball: decay must be within \[0, 1\), got 1"):
+        osub.heavy_ball(1)
+    with pytest.raises(ValueError, match="adam_kinetic: eps must be positive"):
+        osub.adam_kinetic(eps=0.0)
+    with pytest.raises(ValueError, match="unknown norm 'spectral': give a number"):
+        osub.lion_k("spectral")
+    with pytest.raises(ValueError, match="unknown norm 0.5"):
+        osub.lion_k(0.5)
+    with pytest.raises(ValueError, match="smoothing must not be negative"):
+        osub.lion_kinetic(smoothing=-1)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        osub.lion_k("nuclear", steps=0)
+    tx = optax.scale(1.0)
+    with pytest.raises(ValueError, match="no scale_by_hamiltonian_descent"):
+        osub.hamiltonian(1.0, tx.init(params), tx, params, 0.1)
+    with pytest.raises(ValueError, match="holds no momentum"):
+        osub.hamiltonian(1.0, tx.init(params), tx, params, 0.1, kinetic=osub.heavy_ball())
+    one = osub.scale_by_hamiltonian_descent(osub.heavy_ball())
+    twice = optax.chain(one, one)
+    with pytest.raises(ValueError, match="square has two momenta"):
+        osub.hamiltonian(1.0, twice.init(params), twice, params, 0.1)
+    other = osub.scale_by_hamiltonian_descent(osub.lion_kinetic())
+    parts = optax.multi_transform({"a": one, "b": other}, {"tall": "a", "wide": "a", "square": "b"})
+    with pytest.raises(ValueError, match="2 different kinetic energies"):
+        osub.hamiltonian(1.0, parts.init(params), parts, params, 0.1)
+    injected = optax.inject_hyperparams(osub.scale_by_hamiltonian_descent)(
+        osub.heavy_ball(), damping=0.2
+    )
+    _, state = injected.update(params, injected.init(params))
+    with pytest.raises(ValueError, match="give it with the numbers that they had"):
+        osub.hamiltonian(1.0, state, injected, params, 0.1)
+    kinetic = osub.heavy_ball()._replace(damping=0.2)
+    found = osub.hamiltonian(1.0, state, injected, params, 0.1, kinetic=kinetic)
+    assert float(found.kinetic) > 0
