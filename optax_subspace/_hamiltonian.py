@@ -74,7 +74,7 @@ def scale_by_hamiltonian_descent(
       (8, 2)
 
     References:
-      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 3;
+      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 4;
       Maddison et al., `Hamiltonian Descent Methods <https://arxiv.org/abs/1809.05042>`_, 2018.
     """
     if not isinstance(kinetic, Kinetic):

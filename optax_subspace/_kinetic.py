@@ -62,7 +62,7 @@ def heavy_ball(decay: float = 0.9) -> Kinetic:
       0.5
 
     References:
-      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 3.
+      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 4.
     """
     _check_decay("heavy_ball: decay", decay)
     energy = lambda s, *_: jnp.sum(s**2) / (2 * (1 - decay))
@@ -89,7 +89,7 @@ def nesterov(decay: float = 0.9) -> Kinetic:
       0.75
 
     References:
-      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 3.
+      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 4.
     """
     _check_decay("nesterov: decay", decay)
     return heavy_ball(decay)._replace(lookahead=1 - decay**2)
@@ -126,7 +126,7 @@ def adam_kinetic(
       0.999
 
     References:
-      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 3.
+      Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, section 4.
     """
     _check_decay("adam_kinetic: b1", b1)
     _check_decay("adam_kinetic: b2", b2)

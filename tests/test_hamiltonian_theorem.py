@@ -229,3 +229,62 @@ def test_the_hamiltonian_falls(problem, kinetic, projector):
         scale = np.abs(path.change).max()
         assert np.all(path.change + path.predicted <= path.curvature + 1e-9 * scale)
         assert np.all(path.predicted >= 0)
+
+
+@pytest.mark.parametrize("kinetic", SHARP)
+@pytest.mark.parametrize("projector", ["random", "online_pca"])
+def test_the_order_needs_no_smooth_kinetic_energy(kinetic, projector):
+    """Of a norm, whose gradient jumps: the change of first order is a matter of convexity alone."""
+    path = run("quadratic", SHARP[kinetic], PROJECTORS[projector], 0.02)
+    check_order(path, PROBLEMS["quadratic"]().smoothness)
+
+
+@pytest.mark.parametrize(("kinetic", "projector"), [("sign", "random"), ("frobenius", "svd")])
+def test_a_norm_ends_within_the_order_of_the_learning_rate(kinetic, projector):
+    tails = [
+        run("quadratic", SHARP[kinetic], PROJECTORS[projector], rate, 4000).gradient[-500:].mean()
+        for rate in (0.02, 0.01, 0.005)
+    ]
+    assert 1.5 < tails[0] / tails[1] < 2.5
+    assert 1.5 < tails[1] / tails[2] < 2.5
+
+
+# Those whose bases come to see all that is left of the gradient.
+@pytest.mark.parametrize("projector", ["svd", "online_pca", "random"])
+@pytest.mark.parametrize(
+    ("problem", "kinetic"),
+    [("quadratic", "heavy_ball"), ("quadratic", "adam"), ("logistic", "lion")],
+)
+def test_the_gradient_vanishes_where_the_span_is_exciting(problem, kinetic, projector):
+    energy, lipschitz = KINETICS[kinetic]
+    rate = 0.5 * largest_step(energy, lipschitz, PROBLEMS[problem]().smoothness, 1.25)
+    path = run(problem, energy, PROJECTORS[projector], rate, 4000)
+    check_descent(path)
+    assert path.gradient[-50:].max() < 1e-3 * path.gradient[0]
+
+
+def test_a_fixed_span_leaves_the_rest_of_the_gradient():
+    energy, lipschitz = KINETICS["heavy_ball"]
+    rate = 0.5 * largest_step(energy, lipschitz, PROBLEMS["quadratic"]().smoothness)
+    path = run("quadratic", energy, PROJECTORS["fixed"], rate, 2000)
+    check_descent(path)
+    assert path.inside[-1] < 1e-6 * path.inside[0]
+    assert path.gradient[-1] > 0.1 * path.gradient[0]
+
+
+COUNTER_EXAMPLES = {
+    "wrong sign": osub.Kinetic(lambda s, *_: -jnp.sum(s**2) / 2),
+    "not convex": osub.Kinetic(lambda s, *_: jnp.sum(1 - jnp.cos(3 * s)) / 9),
+    "not the gradient of the energy": osub.heavy_ball(0.9)._replace(
+        gradient=lambda s, *_: s[::-1] / 0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTER_EXAMPLES)
+def test_what_is_no_hamiltonian_descent_fails(name):
+    path = run("quadratic", COUNTER_EXAMPLES[name], PROJECTORS["svd"], 0.01)
+    with pytest.raises(AssertionError):
+        check_order(path, PROBLEMS["quadratic"]().smoothness)
+    with pytest.raises(AssertionError):
+        check_descent(path)

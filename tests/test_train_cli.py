@@ -78,6 +78,16 @@ def test_learning_rate_is_the_optimizers_own_unless_given():
         (["--optimizer.name", "adamw", "--optimizer.rank", "4"], ["--optimizer.rank", "adamw"]),
         (["--optimizer.name", "adalomo"], ["--optimizer.name adalomo", "--train.fused_backward"]),
         (["--optimizer.name", "lomo", "--optimizer.b1", "0.5"], ["--optimizer.b1", "lomo"]),
+        (["--optimizer.kinetic", "newton"], ["--optimizer.kinetic", "heavy_ball"]),
+        (
+            ["--optimizer.name", "adamw", "--optimizer.kinetic", "lion"],
+            ["--optimizer.kinetic", "adamw doesn't read it", "galore"],
+        ),
+        (
+            ["--log.hamiltonian", "--optimizer.name", "lomo"],
+            ["--log.hamiltonian", "lomo has no momentum"],
+        ),
+        (["--log.hamiltonian", "--lora.rank", "4"], ["--log.hamiltonian", "adapters"]),
         (["--lora.only"], ["--lora.only", "--lora.rank"]),
         (["--lora.alpha", "4"], ["--lora.alpha", "--lora.rank"]),
         (

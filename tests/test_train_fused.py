@@ -20,7 +20,7 @@ WINDOWS = jax.random.randint(jax.random.key(1), (6, 4, 17), 0, 96)
 
 
 def train(name, fused, adapters=NONE, model=MODEL, int8=False, steps=6):
-    """State before and after some steps, and the last step's metrics."""
+    """State before and after some steps, the last step's metrics, and the optimizer."""
     options = resolve(Config(optimizer=OptimizerConfig(name=name, rank=8, every=3))).optimizer
     optimizer = make(options, 20, fused, adapters)
     layerwise = step.make_fused(model, optimizer, 0) if fused else None
@@ -29,7 +29,7 @@ def train(name, fused, adapters=NONE, model=MODEL, int8=False, steps=6):
     state = jax.tree.map(jnp.copy, before)
     for windows in WINDOWS[:steps]:
         state, metrics = run(state, windows)
-    return before, state, metrics
+    return before, state, metrics, optimizer
 
 
 def largest_difference(a, b):
@@ -42,17 +42,24 @@ def largest_difference(a, b):
 )
 def test_fused_steps_equal_plain_ones(name, remat):
     model = dataclasses.replace(MODEL, remat=remat)
-    _, ours, found = train(name, True, model=model)
-    _, theirs, expected = train(name, False, model=model)
+    _, ours, found, fused = train(name, True, model=model)
+    _, theirs, expected, plain = train(name, False, model=model)
     assert largest_difference(ours.params, theirs.params) < 1e-5
     assert int(ours.step) == 6 and float(found.skipped) == 0
     for field in ("loss", "grad_norm", "learning_rate"):
         np.testing.assert_allclose(getattr(found, field), getattr(expected, field), rtol=1e-5)
+    if name != "lomo":  # which has no momentum
+        energies = [
+            step.make_hamiltonian_step(optimizer)(state, jnp.float32(2))
+            for optimizer, state in ((fused, ours), (plain, theirs))
+        ]
+        np.testing.assert_allclose(energies[0][:4], energies[1][:4], rtol=1e-5)
+        assert float(energies[0].kinetic) > 0
 
 
 @pytest.mark.parametrize("name", ["galore_adamw8bit", "adalomo"])
 def test_int8_weights_of_every_layer_move(name):
-    before, after, metrics = train(name, True, int8=True)
+    before, after, metrics, _ = train(name, True, int8=True)
     kernels = before.params["layers"]["gate"]["kernel"], after.params["layers"]["gate"]["kernel"]
     assert all(isinstance(kernel, QuantizedWeight) for kernel in kernels)
     assert np.all(np.any(np.asarray(kernels[0].codes) != np.asarray(kernels[1].codes), (1, 2)))
@@ -67,7 +74,7 @@ def is_adapter(path):
 def test_adapters_train_with_the_base_and_alone(only):
     adapters = LoraConfig(rank=4, only=only)
     results = [train("lomo", fused, adapters) for fused in (True, False)]
-    (before, ours, found), (_, theirs, expected) = results
+    (before, ours, found, _), (_, theirs, expected, _) = results
     assert largest_difference(ours.params, theirs.params) < 1e-4
     np.testing.assert_allclose(found.grad_norm, expected.grad_norm, rtol=1e-5)
     # The rate that is logged is that of what is trained: 6 of 20 steps, 2 of them warm-up.

@@ -96,6 +96,15 @@ def test_a_run_says_and_leaves_what_it_should(reference):
     for row in subspaces:
         assert 0 < row["captured_energy"] <= 1 and 0 < row["drift"] <= 1 and row["skipped"] == 0
     assert "of the gradient in the subspaces" in out
+    energies = [row for row in rows if row["kind"] == "hamiltonian"]
+    assert [row["step"] for row in energies] == [15, 30]
+    for row in energies:
+        assert row["total"] == pytest.approx(row["potential"] + row["kinetic"])
+        assert row["kinetic"] > 0 and row["predicted"] > 0
+    lost = (energies[0]["total"] - energies[1]["total"]) / 15
+    assert energies[0]["dissipation"] is None
+    assert energies[1]["dissipation"] == pytest.approx(lost)
+    assert f"Hamiltonian {energies[1]['total']:.3f}" in out
     final = rows[-1]
     assert final["kind"] == "final" and final["tokens"] == LAST * 32
     assert final["validation_perplexity"] == pytest.approx(np.exp(final["validation_loss"]))

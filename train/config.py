@@ -34,6 +34,9 @@ class OptimizerConfig:
     learning_rate: float | None = None
     """Peak of the schedule; None is the optimizer's own: 0.01 in a subspace, 0.003 for adamw, 0.5
     for lomo, 0.01 for adalomo"""
+    kinetic: Literal["adam", "heavy_ball", "nesterov", "lion", "muon"] = "adam"
+    """galore, online_subspace_descent: the momentum method within the subspace, as a Hamiltonian
+    descent; the b1 and b2 of its peer in optax, of which all but adam and lion read b1 alone"""
     rank: int = 32
     """In a subspace: its dimension"""
     every: int = 50
@@ -66,6 +69,7 @@ class OptimizerConfig:
 GALORE = ("galore", "galore_adamw8bit")
 SUBSPACE = (*GALORE, "online_subspace_descent", "online_subspace_adamw8bit")
 ADAMW = ("adamw", "adamw8bit")
+MOMENTA = (*SUBSPACE, *ADAMW)
 EIGHT_BIT = ("galore_adamw8bit", "online_subspace_adamw8bit", "adamw8bit")
 
 # Fields that some optimizers alone read: giving them to another one is refused.
@@ -73,7 +77,8 @@ READ_BY = {
     **dict.fromkeys(("rank", "scale", "side", "projector_dtype"), SUBSPACE),
     "every": GALORE,
     "code": EIGHT_BIT,
-    **dict.fromkeys(("b1", "b2", "eps"), (*SUBSPACE, *ADAMW)),
+    "kinetic": ("galore", "online_subspace_descent"),
+    **dict.fromkeys(("b1", "b2", "eps"), MOMENTA),
 }
 
 DEFAULT_LEARNING_RATE = {
@@ -158,6 +163,9 @@ class LogConfig:
     """Steps between rows of metrics.jsonl"""
     print_every: int = 25
     """Steps between printed lines (where there is no progress bar) and rows of throughput.jsonl"""
+    hamiltonian: bool = False
+    """At each evaluation, the energy of the optimizer as a system with friction: the validation
+    loss, which stands in for the loss that is descended, and the momenta's kinetic energy"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +220,13 @@ def validate(config: Config) -> None:
             "--optimizer.name adalomo: takes each layer's matrices one by one, which only the "
             "fused backward pass does here; add --train.fused_backward"
         )
+    if config.log.hamiltonian and (config.optimizer.name not in MOMENTA or config.lora.rank):
+        what = (
+            "adapters have a learning rate of their own"
+            if config.lora.rank
+            else (f"{config.optimizer.name} has no momentum, and so no kinetic energy")
+        )
+        raise UsageError(f"--log.hamiltonian: {what}; leave it out")
     if config.lora.only and not config.lora.rank:
         raise UsageError("--lora.only: there are no adapters to train; give --lora.rank, e.g. 8")
     if config.data.validation_fraction >= 1:

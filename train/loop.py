@@ -28,6 +28,7 @@ from train.step import (
     init_state,
     make_eval_step,
     make_fused,
+    make_hamiltonian_step,
     make_loss,
     make_subspace_step,
     make_train_step,
@@ -125,6 +126,7 @@ class Trainer:
         self.train_step = train_step
         self.eval_step = make_eval_step(self.config.model)
         self.subspace_step = make_subspace_step(self.config.model, optimizer)
+        self.hamiltonian_step = make_hamiltonian_step(optimizer)
         self.finite = jax.jit(all_finite)
         self.files: list[records.Records] = []
 
@@ -227,7 +229,21 @@ class Trainer:
             row = {k: v.item() for k, v in found.items()}
             self.metrics.write({"kind": "subspace", "step": step, **row})
             line += f", {row['captured_energy']:.0%} of the gradient in the subspaces"
+        if self.config.log.hamiltonian:
+            line += f", Hamiltonian {self._energy(step, state, loss):.3f}"
         self.screen.say(line)
+
+    def _energy(self, step: int, state: State, loss: float) -> float:
+        """Writes the Hamiltonian at an evaluation, and what a step took of it since the last."""
+        found = self.hamiltonian_step(state, jnp.float32(loss))
+        row = {k: getattr(found, k).item() for k in ("total", "potential", "kinetic", "predicted")}
+        if not math.isfinite(row["total"]):
+            raise DivergedError(self._diverged(step, f"the Hamiltonian is {row['total']}"))
+        # Read from the file, where a run that goes on finds it too.
+        rows = [r for r in records.read(self.place.metrics) if r["kind"] == "hamiltonian"]
+        lost = (rows[-1]["total"] - row["total"]) / (step - rows[-1]["step"]) if rows else None
+        self.metrics.write({"kind": "hamiltonian", "step": step, **row, "dissipation": lost})
+        return row["total"]
 
     def _evaluate(
         self, state: State, most: int | None = None, signals: Signals | None = None

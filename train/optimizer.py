@@ -10,13 +10,20 @@ import optax
 from models import lora
 from models.llama import subspace_rules
 from optax_subspace import (
+    Kinetic,
     adalomo,
+    adam_kinetic,
     adamw8bit,
     galore,
     galore_adamw8bit,
+    heavy_ball,
+    lion_k,
+    lion_kinetic,
     lomo,
+    nesterov,
     online_subspace_adamw8bit,
     online_subspace_descent,
+    scale_by_hamiltonian_descent,
 )
 from train.config import GALORE, SUBSPACE, LoraConfig, OptimizerConfig
 
@@ -33,6 +40,7 @@ class Optimizer(NamedTuple):
     projects: bool
     clip_norm: float | None  # what the step has to clip gradients to, where tx does not
     adapters: LoraConfig
+    kinetic: Kinetic | None  # of its momenta, where tx itself does not tell
 
 
 def make(
@@ -62,15 +70,16 @@ def make(
             settings["every"] = config.every
     adam: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     storage: dict[str, Any] = {"code": config.code}
+    kinetic = None
     match config.name:
         case "galore":
-            inner = galore(schedule, config.rank, **adam, **settings)
+            within = None if config.kinetic == "adam" else _momentum(config)
+            inner = galore(schedule, config.rank, inner=within, **adam, **settings)
         case "galore_adamw8bit":
             inner = galore_adamw8bit(schedule, config.rank, **adam, storage=storage, **settings)
         case "online_subspace_descent":
-            adam_in_subspace = optax.scale_by_adam(**adam)
             inner = online_subspace_descent(
-                schedule, config.rank, inner=adam_in_subspace, **settings
+                schedule, config.rank, inner=_momentum(config), **settings
             )
         case "online_subspace_adamw8bit":
             inner = online_subspace_adamw8bit(
@@ -78,6 +87,7 @@ def make(
             )
         case "adamw":
             inner = optax.adamw(schedule, **adam, weight_decay=config.weight_decay)
+            kinetic = adam_kinetic(**adam)
         case "adamw8bit":
             inner = adamw8bit(schedule, **adam, weight_decay=config.weight_decay, storage=storage)
         case "lomo":
@@ -97,9 +107,21 @@ def make(
             schedule, projects = rate, False
     scale = config.scale if projects else 1.0
     if fused or config.clip_norm is None:
-        return Optimizer(inner, schedule, scale, projects, config.clip_norm, adapters)
+        return Optimizer(inner, schedule, scale, projects, config.clip_norm, adapters, kinetic)
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
-    return Optimizer(tx, schedule, scale, projects, None, adapters)
+    return Optimizer(tx, schedule, scale, projects, None, adapters, kinetic)
+
+
+def _momentum(config: OptimizerConfig) -> optax.GradientTransformation:
+    b1, b2 = config.b1, config.b2
+    kinetics = {
+        "adam": lambda: adam_kinetic(b1, b2, config.eps),
+        "heavy_ball": lambda: heavy_ball(b1),
+        "nesterov": lambda: nesterov(b1),
+        "lion": lambda: lion_kinetic(b1, b2),
+        "muon": lambda: lion_k("nuclear", b1**2, b1),
+    }
+    return scale_by_hamiltonian_descent(kinetics[config.kinetic]())
 
 
 def warmup_cosine(

@@ -103,6 +103,11 @@ def draw(rows: list[Row], path: Path) -> None:
         losses = [row["validation_loss"] for row in parts]
         where = [row["step"] for row in parts]
         top.plot(where, losses, "o-", ms=4, color="tab:orange", label="held out, a part")
+    energies = [row for row in rows if row["kind"] == "hamiltonian"]
+    if energies:
+        totals = [row["total"] for row in energies]
+        where = [row["step"] for row in energies]
+        top.plot(where, totals, "s--", ms=3, color="tab:purple", label="Hamiltonian")
     for row in rows:
         if row["kind"] == "final":
             place = [row["step"]], [row["validation_loss"]]

@@ -11,10 +11,12 @@ from models import llama, lora
 from models.config import LlamaConfig
 from optax_subspace import (
     FusedStep,
+    Hamiltonian,
     LossScale,
     apply_updates,
     dequantize,
     fused_backward,
+    hamiltonian,
     quantize_weights,
     subspace_metrics,
 )
@@ -152,6 +154,17 @@ def make_subspace_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
         )
 
     return jax.jit(subspace_step)
+
+
+def make_hamiltonian_step(optimizer: Optimizer) -> Any:
+    """A jitted function of the state after a step and of the loss there: its energy."""
+
+    def hamiltonian_step(state: State, loss: jax.Array) -> Hamiltonian:
+        rate = optimizer.schedule(state.step - 1)
+        params, tx, kinetic = dequantize(state.params), optimizer.tx, optimizer.kinetic
+        return hamiltonian(loss, state.opt_state, tx, params, rate, kinetic=kinetic)
+
+    return jax.jit(hamiltonian_step)
 
 
 def make_eval_step(model: LlamaConfig) -> Any:
