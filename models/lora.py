@@ -81,6 +81,12 @@ def labels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
+def adapters(params: Any) -> list[Array]:
+    """The adapters' arrays or shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [leaf for path, leaf in leaves if _is_adapter(path)]
+
+
 def freeze(params: Any) -> Any:
     """The same values, where all but the adapters have no gradient."""
     stop = lambda path, x: x if _is_adapter(path) else jax.lax.stop_gradient(x)

@@ -122,3 +122,19 @@ def test_predicted_memory_of_a_fused_step():
     assert compiled[True].temporaries < compiled[False].temporaries
     inputs = 8 * 8 * 64 * 64 * 4
     assert inputs < found[True].activations < compiled[True].temporaries
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_frozen_weights_have_no_gradients_in_the_prediction(fused):
+    windows = jax.ShapeDtypeStruct((2, 17), jnp.int32)
+    options = resolve(Config(optimizer=OptimizerConfig(name="lomo"))).optimizer
+    optimizer = make(options, 20, fused, LoraConfig(rank=4, only=True))
+    layerwise = step.make_fused(MODEL, optimizer) if fused else None
+    state = jax.eval_shape(
+        lambda key: step.init_state(MODEL, optimizer, key, fused=layerwise), jax.random.key(0)
+    )
+    loss, parts = step.make_loss(MODEL, optimizer), llama.pieces(MODEL) if fused else None
+    found = memory.predict(state, windows, loss, parts, False, True)
+    # (32 -> 32 four times, 32 -> 48 twice and back, each through 4, in two layers.)
+    adapters = 4 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
+    assert found.gradients == (adapters if fused else 2 * adapters)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models import lora
 from models.llama import pieces
 from optax_subspace import dequantize
 from train import batches, corpus, devices, memory, records, report, rundir
@@ -62,8 +63,10 @@ def run(command: Command) -> None:
     initial = jax.jit(lambda key: init_state(config.model, optimizer, key, int8, fused))
     shapes = jax.eval_shape(initial, key)
 
+    adapters = sum(leaf.size for leaf in lora.adapters(shapes.params))
     screen.say(
-        f"Model {command.model}: {config.model.num_params():,} parameters. Experiment "
+        f"Model {command.model}: {config.model.num_params():,} parameters"
+        f"{f' and {adapters:,} of adapters' if adapters else ''}. Experiment "
         f"{command.experiment} with {config.optimizer.name}.\n{data.name}.\n"
     )
     report.print_projection(screen, optimizer, jax.eval_shape(dequantize, shapes.params))
@@ -75,7 +78,8 @@ def run(command: Command) -> None:
     train_step = jitted.lower(shapes, batch).compile()
     loss_fn = make_loss(config.model, optimizer)
     parts = pieces(config.model) if is_fused else None
-    predicted = memory.predict(shapes, batch, loss_fn, parts, config.model.remat)
+    remat, only = config.model.remat, config.lora.only
+    predicted = memory.predict(shapes, batch, loss_fn, parts, remat, only)
     report.print_memory(screen, predicted, memory.measure(train_step, shapes), is_fused)
 
     if config.model.dtype == "float16" and not is_fused:

@@ -8,6 +8,7 @@ import jax
 import optax
 from jax.extend.core import Var
 
+from models import lora
 from models.llama import Pieces
 from optax_subspace import dequantize
 from train.step import State
@@ -69,24 +70,30 @@ def predict(
     loss_fn: Callable[[Any, Any], Any],
     parts: Pieces | None = None,
     remat: bool = False,
+    adapters_only: bool = False,
 ) -> Predicted:
     """Bytes by part; `state` and `windows` may be shapes only.
 
     `loss_fn` is the function of parameters and windows that the step differentiates. A fused
     backward pass takes the model by its `parts`, and keeps of its layers their inputs alone with
-    `remat`.
+    `remat`. If the adapters alone are trained, nothing else has a gradient.
     """
     arrays = jax.eval_shape(dequantize, state.params)
+    trained = lora.adapters if adapters_only else lambda tree: tree
     if parts is None:
-        gradients, activations = tree_bytes(arrays), _saved_bytes(loss_fn, arrays, windows)
+        gradients, activations = tree_bytes(trained(arrays)), _saved_bytes(loss_fn, arrays, windows)
     else:
         layers = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p["layers"]), arrays)
-        rest = [part for name, part in arrays.items() if name != "layers"]
-        gradients = max(map(tree_bytes, [layers, *rest]))
+        rest = {name: part for name, part in arrays.items() if name != "layers"}
+        gradients = max(tree_bytes(trained(part)) for part in (layers, *rest.values()))
         x = jax.eval_shape(lambda p, w: parts.embed(p, w[:, :-1]), arrays, windows)
         one = _saved_bytes(lambda layer, x: parts.block(layer, x), layers, x)
+        head = lambda rest, x, targets: parts.loss(rest, x, targets, None)[0]
+        targets = jax.eval_shape(lambda w: w[:, 1:], windows)
+        end = _saved_bytes(lambda part, w: head(part[0], part[1], w), (rest, x), targets)
         count = jax.tree.leaves(arrays["layers"])[0].shape[0]
-        activations = count * tree_bytes(x) + one if remat else count * one
+        # The loss ends before the walk begins, which has one block's at a time.
+        activations = count * tree_bytes(x) + max(one, end) if remat else count * one + end
     return Predicted(
         weights=tree_bytes(state.params),
         gradients=gradients,
