@@ -33,12 +33,7 @@ RATE = 1e-3
 def methods(rank: int) -> dict[str, optax.GradientTransformation]:
     """The optimizers of the table."""
     rules = llama.subspace_rules()
-
-    def first(gradient, basis, state):
-        # An exact decomposition for the first basis would be most of the compilation.
-        key, shape = jax.random.key(0), (gradient.shape[1], basis.shape[1])
-        return jnp.linalg.qr(gradient @ jax.random.normal(key, shape))[0], state
-
+    # An exact decomposition for the first basis would be most of the compilation.
     eight_bits: dict[str, Any] = {"rules": rules, "projector_dtype": "bfloat16"}
     return {
         "AdamW": optax.adamw(RATE),
@@ -50,7 +45,7 @@ def methods(rank: int) -> dict[str, optax.GradientTransformation]:
         "OSD-8bit": osub.online_subspace_adamw8bit(
             RATE,
             rank,
-            projector=osub.history_pca()._replace(update=first),
+            projector=osub.history_pca(first=osub.subspace_iteration()),
             moments="project",
             **eight_bits,
         ),

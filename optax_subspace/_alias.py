@@ -12,6 +12,7 @@ import optax
 from optax_subspace._hamiltonian import scale_by_hamiltonian_descent
 from optax_subspace._kinetic import adam_kinetic
 from optax_subspace._leaves import Rules, path_name
+from optax_subspace._lomo import decay_of
 from optax_subspace._projectors import Projector, history_pca, svd
 from optax_subspace._subspace import scale_by_subspace
 
@@ -214,9 +215,8 @@ def _optimizer(
     """
     accumulate = 1 if accumulate is None else accumulate
     subspace = scale_by_subspace(inner, accumulate=accumulate, **settings)
-    after: Any = optax.chain(
-        optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
-    )
+    decay = decay_of(weight_decay, mask)
+    after: Any = optax.chain(decay, optax.scale_by_learning_rate(learning_rate))
     if accumulate > 1:
         is_last = lambda step, **_: step % accumulate == accumulate - 1
         after = optax.transforms.conditionally_mask(after, is_last)

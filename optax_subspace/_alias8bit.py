@@ -12,6 +12,7 @@ import optax
 from optax_subspace._alias import galore, online_subspace_descent, scale_by_galore_adam
 from optax_subspace._hamiltonian import scale_by_hamiltonian_descent
 from optax_subspace._kinetic import adam_kinetic
+from optax_subspace._lomo import decay_of
 from optax_subspace._quantize import quantize_state
 
 
@@ -48,7 +49,7 @@ def adamw8bit(
     """
     return optax.chain(
         quantize_state(_scale_by_adam(b1, b2, eps), **storage or {}),
-        optax.add_decayed_weights(weight_decay, mask),
+        decay_of(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

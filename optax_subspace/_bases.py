@@ -72,7 +72,7 @@ class Subspace:
         storage_of(projector_dtype)  # raises for what is none
 
     def plan(self, tree: Any) -> list[LeafPlan]:
-        """The plan of each leaf, whose scale is the one that it has, by the gradients seen."""
+        """The plan of each leaf, with the scale that it has."""
         plans = plan_tree(
             tree,
             self.rules,
@@ -83,11 +83,8 @@ class Subspace:
             projector_dtype=self.projector_dtype,
             accumulate=self.accumulate,
         )
-        return [dataclasses.replace(p, scale=self._scale(p)) for p in plans]
-
-    def _scale(self, plan: LeafPlan) -> Any:
-        scale = self.scale if plan.scale is None else plan.scale
-        return (lambda seen: scale(seen // self.accumulate)) if callable(scale) else scale
+        scale = lambda p: self.scale if p.scale is None else p.scale
+        return [dataclasses.replace(p, scale=scale(p)) for p in plans]
 
     def init(self, params: optax.Params) -> tuple[ProjectionState, list[LeafPlan]]:
         """Bases of zeros: the first gradient gives the first basis. Only shapes are read."""
@@ -151,6 +148,7 @@ class Subspace:
         if self.accumulate > 1:
             first = state.steps % self.accumulate == 0
             last = state.steps % self.accumulate == self.accumulate - 1
+        step = state.steps // self.accumulate
         leaves, skipped, accumulated, handed = {}, {}, {}, []
         low_before = None
         for plan, leaf in zip(plans, map(jnp.asarray, jax.tree.leaves(updates)), strict=True):
@@ -180,7 +178,7 @@ class Subspace:
                 used=used,
                 ready=last,
                 plan=plan,
-                factor=plan.scale(state.steps) if callable(plan.scale) else plan.scale,
+                factor=plan.scale(step) if callable(plan.scale) else plan.scale,
                 dtype_out=leaf.dtype,
                 rank=self.rank,
             )
@@ -217,8 +215,7 @@ class Subspace:
             lambda: jnp.all(jnp.isfinite(matrices)) & jnp.any(matrices != 0, axis=(-2, -1)),
             lambda: jnp.zeros_like(due),
         )
-        turns = rule.every is not None and self.moments != "keep"
-        rotate = turns and self.moments == "project"
+        turns, rotate = self.moments != "keep", self.moments == "project"
         sides = [
             refresh(rule, plan, due, matrices, side, basis, state, rotate)
             for side, basis, state in zip(plan.sides, old.bases, old.rule, strict=True)

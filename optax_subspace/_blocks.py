@@ -22,7 +22,8 @@ class Layout:
       code: name of the code, see :func:`quantize_state`.
       signed: whether there are codes for negative numbers.
       block: number of values that share a scale, a power of two.
-      shards: blocks keep to each of this many equal parts of every axis that it divides.
+      shards: blocks keep to each of this many equal parts of every axis that it divides, and are
+        shorter where a part is.
     """
 
     code: str = "dynamic"
@@ -115,6 +116,11 @@ def is_variable(x: Any) -> bool:
     return hasattr(x, "get_value") and hasattr(x, "get_metadata")
 
 
+def without_variables(tree: Any) -> Any:
+    """``tree`` with the arrays that NNX keeps in variables in their places."""
+    return jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable)
+
+
 def quantize(
     x: jax.Array, layout: Layout | str = "dynamic", key: jax.Array | None = None
 ) -> Quantized:
@@ -138,6 +144,7 @@ def quantize(
       -1.0
     """
     layout = Layout(layout) if isinstance(layout, str) else layout
+    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"only real floating-point arrays can be quantized, not {x.dtype}")
     return _encode(x, layout, key)
@@ -208,15 +215,21 @@ def storage_of(dtype: Any) -> Any:
     """
     if dtype is None:
         return None
+    if isinstance(dtype, Layout):
+        return dtype
     if isinstance(dtype, str) and dtype in CODES:
         return Layout(dtype)
+    given = dtype
     try:
         dtype = jnp.dtype(dtype)
-    except TypeError:
+        if dtype.name not in CODES:
+            jnp.promote_types(dtype, jnp.float32)  # raises for what JAX can't compute with
+    except (TypeError, ValueError):
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"projector_dtype must be a floating-point dtype or one of {', '.join(CODES)}"
+            f"projector_dtype must be a floating-point dtype of at least 16 bits, one of "
+            f"{', '.join(CODES)}, or a Layout, got {given!r}"
         )
     return Layout(dtype.name) if dtype.name in CODES else dtype
 
@@ -242,18 +255,26 @@ def _cut(shape: tuple[int, ...], shards: int) -> list[int]:
     return [parts for parts in parts_of(shape, shards) if parts > 1]
 
 
+def _block(shape: tuple[int, ...], layout: Layout) -> int:
+    """The values that share a scale: those of a whole part, where it has less than a block."""
+    cut = _cut(shape, layout.shards)
+    part = math.prod(shape) // math.prod(cut)
+    return min(layout.block, max(2, 1 << (part - 1).bit_length())) if cut else layout.block
+
+
 def _to_blocks(x: jax.Array, layout: Layout) -> jax.Array:
     """``(*shape)`` to ``(*parts, blocks, block)``; the last block is filled up with zeros."""
     parts, cut = parts_of(x.shape, layout.shards), _cut(x.shape, layout.shards)
+    block = _block(x.shape, layout)
     if cut:
         halves = [size for k, n in zip(parts, x.shape, strict=True) for size in (k, n // k)]
         d = x.ndim
         x = x.reshape(halves).transpose(*range(0, 2 * d, 2), *range(1, 2 * d, 2))
     x = x.reshape(*cut, -1)
-    missing = -x.shape[-1] % layout.block
+    missing = -x.shape[-1] % block
     if missing:
         x = jnp.pad(x, [(0, 0)] * len(cut) + [(0, missing)])
-    return x.reshape(*cut, -1, layout.block)
+    return x.reshape(*cut, -1, block)
 
 
 def _from_blocks(blocks: jax.Array, shape: tuple[int, ...], layout: Layout) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._blocks import dequantize, is_variable
+from optax_subspace._blocks import dequantize, without_variables
 from optax_subspace._describe import record, recorded
 from optax_subspace._kinetic import Kinetic
 from optax_subspace._layerwise import FusedState
@@ -62,8 +62,8 @@ def scale_by_hamiltonian_descent(
       A transformation with state :class:`HamiltonianState`.
 
     Raises:
-      TypeError: ``kinetic`` is no :class:`Kinetic`.
-      ValueError: ``damping`` or the kinetic's ``lookahead`` is not within (0, 1].
+      TypeError: ``kinetic`` is no :class:`Kinetic`; at ``init``, a complex or integer leaf.
+      ValueError: ``damping``, or the kinetic's ``lookahead`` or ``squares``, is not within (0, 1].
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -81,34 +81,46 @@ def scale_by_hamiltonian_descent(
         raise TypeError(f"kinetic must be a Kinetic such as heavy_ball(0.9), got {kinetic!r}")
     if damping is not None:
         kinetic = kinetic._replace(damping=damping)
-    for name in ("damping", "lookahead"):
+    for name in ("damping", "lookahead", "squares"):
         value = getattr(kinetic, name)
-        if isinstance(value, int | float) and not 0 < value <= 1:
+        optional = name != "damping" and value is None
+        if not (optional or isinstance(value, jax.Array) or 0 < value <= 1):
             raise ValueError(f"{name} must be within (0, 1], got {value}")
     slope = jax.grad(kinetic.energy) if kinetic.gradient is None else kinetic.gradient
-    c = kinetic.damping if kinetic.lookahead is None else kinetic.lookahead
 
     def init_fn(params):
         record([kinetic])
-        zeros = lambda dtype: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype or p.dtype), params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"parameter {path_name(path)} has dtype {jnp.result_type(leaf)}: a kinetic "
+                    "energy is one of real floating-point numbers; mask it (optax.masked)"
+                )
+
+        def zeros(dtype):
+            one = lambda p: jnp.zeros(jnp.shape(p), dtype or jnp.result_type(p))
+            return jax.tree.map(one, params)
+
         nu = None if kinetic.squares is None else zeros(nu_dtype)
         return HamiltonianState(jnp.zeros([], jnp.int32), zeros(mu_dtype), nu)
 
     def update_fn(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
-        weights = _weights(kinetic, count)
 
         def on_leaf(g, s, v):
+            g = jnp.asarray(g)
+            if not g.size:
+                return g, s, v
             wide = g.astype(compute_dtype(g.dtype))
             s = s.astype(wide.dtype)
             new = _mean(s, wide, 1 - kinetic.damping)
-            point = new if kinetic.lookahead is None else _mean(s, wide, 1 - c)
             squares = None
             if v is not None:
                 squares = _mean(v.astype(wide.dtype), wide**2, kinetic.squares)
-            update = slope(point, squares, weights).astype(g.dtype)
-            return update, new, squares
+            point = _point(kinetic, s, wide, new, count)
+            weights = _weights(kinetic, count, wide.dtype)
+            return slope(point, squares, weights).astype(g.dtype), new, squares
 
         structure: Any = jax.tree.structure(updates)
         leaves = structure.flatten_up_to(updates)
@@ -130,9 +142,24 @@ def _mean(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
     return decay * old + (1 - decay) * new
 
 
-def _weights(kinetic: Kinetic, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _point(
+    kinetic: Kinetic, old: jax.Array, gradient: jax.Array, new: jax.Array, count: jax.Array
+) -> jax.Array:
+    """Where the kinetic energy's gradient is taken."""
+    a, c = kinetic.damping, kinetic.lookahead
+    if c is None:
+        return new
+    if not kinetic.bias_correction:
+        return _mean(old, gradient, 1 - c)
+    # The same as a sum of the new mean and of the gradient, each without its bias.
+    share = (1 - c) / (1 - a)
+    ahead, now = (_weights(kinetic, n, new.dtype)[0] for n in (count + 1, count))
+    return share * new / ahead + (c - a * share) * gradient / now
+
+
+def _weights(kinetic: Kinetic, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """What part of the momentum, and of the mean of squares, is gradients and not zeros."""
-    t = count.astype(jnp.float32)
+    t = count.astype(dtype)
     squares = 0.0 if kinetic.squares is None else kinetic.squares
     return 1 - (1 - kinetic.damping) ** t, 1 - squares**t
 
@@ -175,7 +202,8 @@ def hamiltonian(
     over all leaves, :math:`\alpha` being the scale of :func:`scale_by_subspace` where a leaf is
     projected, else one. It is a pure function, which may be traced, of the state between two steps:
     the loss is that of the parameters which the state's last update led to, on the same data each
-    time. A learning rate that changes also changes :math:`H`.
+    time. A learning rate or scale that changes also changes :math:`H`. Where Adam's squares were
+    rounded away in storage (8 bits, float16), the smallest stand in that its momentum allows.
 
     Args:
       loss: :math:`L(W)`.
@@ -192,8 +220,9 @@ def hamiltonian(
       A :class:`Hamiltonian` of float32 scalars (float64 if a leaf is).
 
     Raises:
-      ValueError: the state holds no momentum, several for one parameter, or momenta of different
-        kinetic energies.
+      TypeError: ``kinetic`` is no :class:`Kinetic`.
+      ValueError: the state holds no momentum, several for one parameter, momenta of different
+        kinetic energies, or some of a transformation that does not tell its own.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -211,11 +240,10 @@ def hamiltonian(
     """
     with_plans, _ = recorded(tx, params)
     if kinetic is None:
-        kinetic = _only(k for k in with_plans if isinstance(k, Kinetic))
-    # NNX keeps each array of a state in a variable.
-    state = jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, state, is_leaf=is_variable
-    )
+        kinetic = _told([k for k in with_plans if isinstance(k, Kinetic)], state)
+    if not isinstance(kinetic, Kinetic):
+        raise TypeError(f"kinetic must be a Kinetic such as heavy_ball(0.9), got {kinetic!r}")
+    state = without_variables(state)
     scales = {p.path: p.scale for p in with_plans if isinstance(p, LeafPlan) and p.projected}
     found: list[str] = []
     energy, power = _energies(state, kinetic, scales, found)
@@ -239,24 +267,45 @@ def hamiltonian(
     return Hamiltonian(total, potential, kinetic_part, rate * power, lost)
 
 
-def _only(kinetics: Iterator[Kinetic]) -> Kinetic:
-    different = list({id(k): k for k in kinetics}.values())
-    if len(different) == 1:
-        if isinstance(different[0].damping, jax.core.Tracer):
+def _told(kinetics: list[Kinetic], state: Any) -> Kinetic:
+    """The one kinetic energy that the parts of a transformation tell of."""
+    remedy = "give it, with the numbers that it has, as kinetic=, such as kinetic=adam_kinetic(b1)"
+    if not kinetics:
+        raise ValueError(
+            "hamiltonian: tx holds no scale_by_hamiltonian_descent, which would tell the kinetic "
+            f"energy of its momentum: {remedy} for optax.scale_by_adam"
+        )
+    injected = lambda x: hasattr(x, "hyperparams") and hasattr(x, "inner_state")
+    for node in jax.tree.leaves(state, is_leaf=injected):
+        if injected(node) and any(map(_is_momentum, _nodes(node.inner_state))):
             raise ValueError(
-                "hamiltonian: tx makes its kinetic energy anew at every step, of hyperparameters "
-                "in its state: give it with the numbers that they had, as kinetic="
+                "hamiltonian: optax.inject_hyperparams makes the kinetic energy anew at every "
+                f"step, of what is in the state: {remedy}"
             )
-        return different[0]
-    if different:
+    different = [k for i, k in enumerate(kinetics) if k not in kinetics[:i]]
+    if len(different) > 1:
         raise ValueError(
             f"hamiltonian: tx holds momenta of {len(different)} different kinetic energies: "
             "measure the parts of the state one by one, each with its own part of tx"
         )
-    raise ValueError(
-        "hamiltonian: tx holds no scale_by_hamiltonian_descent: give the kinetic energy of its "
-        "momentum, such as kinetic=adam_kinetic(b1, b2, eps) for optax.scale_by_adam"
-    )
+    for node in _nodes(state):
+        if _is_momentum(node) and not isinstance(node, HamiltonianState):
+            raise ValueError(
+                f"hamiltonian: the state holds a {type(node).__name__} beside the momenta of "
+                "scale_by_hamiltonian_descent: measure the parts of the state one by one, each "
+                "with its own part of tx"
+            )
+    return different[0]
+
+
+def _nodes(state: Any) -> list[Any]:
+    """The momenta of a state, those within fused states and not those of projectors."""
+    is_part = lambda x: isinstance(x, ProjectionState) or _is_momentum(x)
+    return jax.tree.leaves(state, is_leaf=is_part)
+
+
+def _is_momentum(node: Any) -> bool:
+    return {"mu", "count"} <= set(getattr(node, "_fields", ()))
 
 
 def _energies(
@@ -264,16 +313,16 @@ def _energies(
 ) -> tuple[jax.Array, jax.Array]:
     """``sum scale * K(S)`` and ``sum scale * <S, grad K(S)>`` of all momenta in a state."""
     # (A projection's rules may have momenta of their own, which move bases.)
-    is_part = lambda x: isinstance(x, FusedState | ProjectionState) or hasattr(x, "mu")
-    steps = _steps(state)
+    is_part = lambda x: isinstance(x, FusedState | ProjectionState) or _is_momentum(x)
+    projected = _projected(state)
     total = power = jnp.zeros([], jnp.float32)
     for node in jax.tree.leaves(state, is_leaf=is_part):
         if isinstance(node, FusedState):
             of_layer = lambda layer: _energies(layer, kinetic, scales, found)
             parts = [jax.tree.map(jnp.sum, jax.vmap(of_layer)(node.layers))]
             parts += [_energies(node.rest, kinetic, scales, found)]
-        elif hasattr(node, "mu"):
-            parts = list(_leaf_energies(node, kinetic, scales, steps, found))
+        elif _is_momentum(node):
+            parts = list(_leaf_energies(node, kinetic, scales, projected, found))
         else:
             continue
         for k, p in parts:
@@ -281,12 +330,12 @@ def _energies(
     return total, power
 
 
-def _steps(state: Any) -> dict[str, jax.Array]:
-    """Gradients seen by the projections of a state, by the paths of what they project."""
+def _projected(state: Any) -> set[str]:
+    """The paths of what the projections of a state project."""
     is_projection = lambda x: isinstance(x, FusedState | ProjectionState)
     nodes = jax.tree.leaves(state, is_leaf=is_projection)
     return {
-        name: node.steps
+        name
         for node in nodes
         if isinstance(node, ProjectionState) and isinstance(node.leaves, dict)
         for name in node.leaves
@@ -297,23 +346,42 @@ def _leaf_energies(
     node: Any,
     kinetic: Kinetic,
     scales: dict[str, Any],
-    steps: dict[str, jax.Array],
+    projected: set[str],
     found: list[str],
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     slope = jax.grad(kinetic.energy) if kinetic.gradient is None else kinetic.gradient
     means = jax.tree_util.tree_leaves_with_path(dequantize(node.mu))
     squares: list[Any] = [None] * len(means)
     if kinetic.squares is not None:
+        if getattr(node, "nu", None) is None:
+            raise ValueError(
+                "hamiltonian: the kinetic energy needs means of squares (nu), of which "
+                f"{type(node).__name__} holds none: it is that of another transformation"
+            )
         squares = jax.tree.leaves(dequantize(node.nu))
-    begun = node.count > 0
-    weights = _weights(kinetic, jnp.maximum(node.count, 1))
+    begun, last = node.count > 0, jnp.maximum(node.count - 1, 0)
     for (path, s), v in zip(means, squares, strict=True):
         name = path_name(path)
         found.append(name)
-        scale = scales[name] if name in steps else 1.0
-        if callable(scale):
-            scale = scale(jnp.maximum(steps[name] - 1, 0))  # of the step that ended here
+        if not s.size:
+            continue
+        scale = scales[name] if name in projected else 1.0
+        scale = scale(last) if callable(scale) else scale  # of the step that ended here
         s = s.astype(compute_dtype(s.dtype))
-        v = None if v is None else v.astype(s.dtype)
+        v = None if v is None else _at_least(v.astype(s.dtype), s, kinetic)
+        weights = _weights(kinetic, last + 1, s.dtype)
         energy, power = kinetic.energy(s, v, weights), jnp.sum(s * slope(s, v, weights))
         yield jnp.where(begun, scale * energy, 0), jnp.where(begun, scale * power, 0)
+
+
+def _at_least(squares: jax.Array, mean: jax.Array, kinetic: Kinetic) -> jax.Array:
+    """The mean of squares, where storage has rounded it away the least that there can be.
+
+    By Cauchy and Schwarz ``(sum a d^k g_k)^2 <= sum (a d^k)^2 / w_k * sum w_k g_k^2`` with the
+    weights ``w_k = (1 - b) b^k`` of the squares, which bounds any mean by its squares' mean.
+    """
+    a, b = kinetic.damping, kinetic.squares
+    assert b is not None
+    ratio = (1 - a) ** 2 / b
+    factor = a**2 / (1 - b) / (1 - ratio)
+    return jnp.where(ratio < 1, jnp.maximum(squares, mean**2 / factor), squares)

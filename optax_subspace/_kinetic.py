@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from optax_subspace._projectors._base import check_count
 
 # Muon's, by which five steps bring all singular values to between 0.7 and 1.2.
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -23,8 +27,12 @@ class Kinetic(NamedTuple):
         ``jax.grad(energy)``.
       damping: :math:`a` in :math:`S' = (1 - a) S + a G`.
       lookahead: :math:`c` in the point :math:`(1 - c) S + c G` at which :math:`\nabla K` is taken;
-        None for the damping, with which that point is :math:`S'`.
+        None for the damping, with which that point is :math:`S'`. Below the damping the theorem
+        does not hold.
       squares: decay of the running mean of the squared gradients; None if there is none.
+      bias_correction: with a ``lookahead``: that point as a sum of :math:`S'` and :math:`G`, of
+        which the first is divided by ``1 - decay**(steps + 1)``, the second by
+        ``1 - decay**steps``, as optax does for Nesterov's momentum.
 
     Example:
       A kinetic energy of one's own is a convex function:
@@ -43,8 +51,26 @@ class Kinetic(NamedTuple):
     damping: float = 0.1
     lookahead: float | None = None
     squares: float | None = None
+    bias_correction: bool = False
 
 
+def _once(function: Callable[..., Kinetic]) -> Callable[..., Kinetic]:
+    """The same kinetic energy for the same numbers, so that two of them are equal."""
+    made = functools.cache(function)
+
+    @functools.wraps(function)
+    def make(*args: Any, **kwargs: Any) -> Kinetic:
+        try:
+            return made(*args, **kwargs)
+        except TypeError as error:
+            if "unhashable" not in str(error):
+                raise
+            return function(*args, **kwargs)
+
+    return make
+
+
+@_once
 def heavy_ball(decay: float = 0.9) -> Kinetic:
     r"""Polyak's momentum, :math:`K(S) = \|S\|^2 / 2 (1 - d)`: equal to ``optax.trace(decay)``.
 
@@ -69,6 +95,7 @@ def heavy_ball(decay: float = 0.9) -> Kinetic:
     return Kinetic(energy, lambda s, *_: s / (1 - decay), damping=1 - decay)
 
 
+@_once
 def nesterov(decay: float = 0.9) -> Kinetic:
     r"""Nesterov's momentum: equal to ``optax.trace(decay, nesterov=True)``.
 
@@ -95,6 +122,7 @@ def nesterov(decay: float = 0.9) -> Kinetic:
     return heavy_ball(decay)._replace(lookahead=1 - decay**2)
 
 
+@_once
 def adam_kinetic(
     b1: float = 0.9,
     b2: float = 0.999,
@@ -130,7 +158,8 @@ def adam_kinetic(
     """
     _check_decay("adam_kinetic: b1", b1)
     _check_decay("adam_kinetic: b2", b2)
-    _check_positive("adam_kinetic: eps", eps)
+    if not isinstance(eps, jax.Array) and not eps > 0:
+        raise ValueError(f"adam_kinetic: eps must be positive, got {eps}")
 
     def gradient(s, nu, weights):
         of_s, of_nu = weights if bias_correction else (1.0, 1.0)
@@ -142,6 +171,7 @@ def adam_kinetic(
     return Kinetic(energy, gradient, damping=1 - b1, squares=b2)
 
 
+@_once
 def lion_kinetic(b1: float = 0.9, b2: float = 0.99, *, smoothing: float = 0.0) -> Kinetic:
     r"""Lion, :math:`K(S) = \|S\|_1`: equal to ``optax.scale_by_lion``.
 
@@ -169,19 +199,23 @@ def lion_kinetic(b1: float = 0.9, b2: float = 0.99, *, smoothing: float = 0.0) -
     return lion_k(1, b1, b2, smoothing=smoothing)
 
 
+@_once
 def lion_k(
     norm: float | str,
     b1: float = 0.9,
     b2: float = 0.99,
     *,
     smoothing: float = 0.0,
-    coefficients: Sequence[float] = MUON_COEFFICIENTS,
+    coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
     steps: int = 5,
+    bias_correction: bool = False,
 ) -> Kinetic:
     r"""Lion with another norm as kinetic energy, whose gradient has length one in the dual norm.
 
     Leaves of two and more dimensions are matrices of their last two, each with a norm of its own;
-    others are one vector, whose nuclear norm is the Frobenius norm.
+    others are one vector, whose nuclear norm is the Frobenius norm. So a stack of vectors is one
+    matrix ``(L, d)``, which :func:`fused_backward` takes for ``L`` vectors: give such leaves, and
+    embeddings, a transformation of their own (``optax.partition``).
 
     ==================  ==================================================================
     ``norm``            gradient
@@ -193,9 +227,9 @@ def lion_k(
     ``"nuclear"``       :math:`U V^\top` of :math:`S = U \Sigma V^\top`, by Newton-Schulz: Muon
     ==================  ==================================================================
 
-    Muon (``optax.contrib.muon``, for square weights) without Nesterov's momentum is
-    ``lion_k("nuclear", b1=beta, b2=beta)``, with it ``lion_k("nuclear", b1=beta**2, b2=beta)``, but
-    for the bias correction of its first steps.
+    ``optax.contrib.scale_by_muon`` is
+    ``lion_k("nuclear", beta**2, beta, bias_correction=True)``, and
+    ``lion_k("nuclear", beta, beta)`` without Nesterov's momentum.
 
     Args:
       norm: see the table; ``"l1"``, ``"l2"`` and ``"linf"`` are names of three of them.
@@ -208,13 +242,15 @@ def lion_k(
         singular values of the update lie near one, without an end; ``(1.875, -1.25, 0.375)``
         converges to one with enough steps.
       steps: of Newton-Schulz.
+      bias_correction: see :class:`Kinetic`.
 
     Returns:
       The kinetic energy, with damping :math:`1 - \beta_2`.
 
     Raises:
+      TypeError: ``smoothing`` or ``steps`` is no Python number: they are static.
       ValueError: the norm is unknown, or below 1; ``b1`` or ``b2`` is not within [0, 1); a negative
-        ``smoothing``; no ``steps``.
+        ``smoothing``; no ``steps``; other than three ``coefficients``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -229,24 +265,29 @@ def lion_k(
     """
     _check_decay("lion_k: b1", b1)
     _check_decay("lion_k: b2", b2)
-    if smoothing < 0:
-        raise ValueError(f"lion_k: smoothing must not be negative, got {smoothing}")
-    if steps < 1:
-        raise ValueError(f"lion_k: steps must be at least 1, got {steps}")
+    check_count("lion_k: steps", steps)
+    if not isinstance(smoothing, int | float):
+        raise TypeError(
+            f"lion_k: smoothing must be a Python number, got {smoothing!r}: it is static. Under "
+            "optax.inject_hyperparams pass static_args=('smoothing', ...)."
+        )
+    if not 0 <= smoothing < float("inf"):
+        raise ValueError(f"lion_k: smoothing must be a number of at least 0, got {smoothing}")
+    if len(coefficients) != 3:
+        raise ValueError(f"lion_k: coefficients must be three numbers, got {coefficients!r}")
     mu = smoothing
-    norm = {"l1": 1.0, "l2": 2.0, "frobenius": 2.0, "linf": float("inf")}.get(norm, norm)  # type: ignore[arg-type]
+    if isinstance(norm, str):
+        norm = {"l1": 1.0, "l2": 2.0, "frobenius": 2.0, "linf": float("inf")}.get(norm, norm)
     if norm == "nuclear":
-        a, b, c = coefficients
         value = lambda s: _nuclear_norm(s, mu)
-        slope = lambda s: _orthogonalized(s, mu, (a, b, c), steps)
-    elif isinstance(norm, str) or not norm >= 1:
+        slope = lambda s: _orthogonalized(s, mu, coefficients, steps)
+    elif not isinstance(norm, int | float) or not norm >= 1:
         raise ValueError(
             f"lion_k: unknown norm {norm!r}: give a number of at least 1, 'frobenius' or 'nuclear'"
         )
     elif norm == float("inf"):
         value, slope = (lambda s: _largest(s, mu)), (lambda s: _share_of_largest(s, mu))
     elif norm == 1:
-        # (An integer power of the sign's own would be 0 / 0 at zero.)
         value = lambda s: jnp.sum(_magnitude(s, mu) - mu, axis=_matrix_axes(s))
         slope = lambda s: s / _magnitude(s, mu) if mu else jnp.sign(s)
     else:
@@ -256,17 +297,15 @@ def lion_k(
         lambda s, *_: slope(s),
         damping=1 - b2,
         lookahead=1 - b1,
+        bias_correction=bias_correction,
     )
 
 
 def _check_decay(name: str, value: Any) -> None:
-    if not isinstance(value, jax.Array) and not 0 <= value < 1:
-        raise ValueError(f"{name} must be within [0, 1), got {value}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, jax.Array) and not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+    if isinstance(value, jax.Array):  # a hyperparameter of optax.inject_hyperparams
+        return
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be within [0, 1), got {value!r}")
 
 
 def _matrix_axes(s: jax.Array) -> tuple[int, ...]:
@@ -300,10 +339,7 @@ def _p_slope(s: jax.Array, p: float, mu: float) -> jax.Array:
 
 
 def _entries(s: jax.Array) -> int:
-    count = 1
-    for axis in _matrix_axes(s):
-        count *= s.shape[axis]
-    return count
+    return math.prod(s.shape[axis] for axis in _matrix_axes(s))
 
 
 def _largest(s: jax.Array, mu: float) -> jax.Array:

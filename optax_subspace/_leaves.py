@@ -103,8 +103,8 @@ class LeafPlan:
       sides: ``("left",)``, ``("right",)``, ``("left", "right")``, or ``()`` if left alone.
       rank: the rank of the subspace, 0 if left alone.
       batch, reduction, output: axes of the leaf.
-      scale: factor on the lifted update, a number or a function of the gradients seen so far; of
-        :func:`plan` alone, which knows no factor for all leaves, a rule's own or ``None``.
+      scale: factor on the lifted update, a number or a schedule; of :func:`plan` alone, which knows
+        no factor for all leaves, a rule's own or ``None``.
       projector: override by a rule, ``None`` for the transformation's own.
       batch_split: the devices that each batch axis is split over.
       wants_rule: the leaf could be projected, and is not for want of a rule.

@@ -38,9 +38,14 @@ def lomo(
       >>> updates["w"].tolist()
       [-0.10000000149011612, -0.10000000149011612]
     """
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
-    )
+    return optax.chain(decay_of(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
+
+
+def decay_of(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    """Decoupled decay; of zero nothing, so that updates need no parameters."""
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay, mask)
 
 
 def adalomo(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._blocks import dequantize
+from optax_subspace._blocks import dequantize, without_variables
 from optax_subspace._describe import planned
 from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._projection import compute_dtype, project, to_matrices
@@ -43,7 +43,8 @@ def subspace_metrics(
 
     Args:
       tx: the transformation that ``state`` is of; chains, masks and wrappers are looked into.
-      state: its state, that of a ``flax.training.TrainState`` or NNX optimizer included.
+      state: its state; also a ``flax.training.TrainState``, or the ``opt_state`` of an NNX
+        optimizer.
       updates: gradients of the parameters' shapes.
 
     Returns:
@@ -58,6 +59,7 @@ def subspace_metrics(
       >>> round(float(metrics.captured_energy), 4), int(metrics.refreshes)
       (1.0, 1)
     """
+    updates, state = without_variables((updates, state))
     plans, _ = planned(tx, updates)
     flat, _ = jax.tree_util.tree_flatten_with_path(updates)
     gradients = {path_name(path): leaf for path, leaf in flat}

@@ -65,8 +65,12 @@ def quantize_state(
       code: ``dynamic`` (the non-linear map of 8-bit Adam), ``linear``, ``float8_e4m3fn``,
         ``float8_e5m2``, or with 4 bits ``dynamic4``, ``linear4``. Second moments, which are told
         by the names that optax gives them (``nu``, ``sum_of_squares``, ...), take its unsigned
-        form. The linear codes round small second moments to zero, after which the steps grow
-        without bound: they serve for first moments.
+        form. Of these ``linear``, ``linear4``, ``dynamic4`` and, where a block spans more than
+        five decades, ``float8_e4m3fn`` round small second moments to zero, after which the steps
+        grow without bound: they serve for first moments, with
+        ``rules=[("^nu/", "dynamic")]``. ``dynamic`` does so below 1e-7 of a block's largest: an
+        entry whose gradient stays away then takes one step of ``mu / eps``, which is why ``eps``
+        should not be smaller than 1e-8, and 1e-6 is better.
       rules: ``(regex, code)`` pairs on the paths of the state, first match wins; None as a code
         leaves the array as it is, a :class:`Layout` says whether it is signed.
       block: number of values that share a float32 scale, a power of two.
@@ -117,28 +121,35 @@ def quantize_state(
             wide = value.astype(compute_dtype(value.dtype))
             return quantize(jax.lax.optimization_barrier(wide), layout)
 
-        stays = lambda node: isinstance(node, ProjectionState) or is_variable(node)
-        stored = jax.tree_util.tree_map_with_path(store, state, is_leaf=stays)
+        whole = lambda node: _is_own(node) or is_variable(node)
+        stored = jax.tree_util.tree_map_with_path(store, state, is_leaf=whole)
         _check_rules(compiled, matched, state, bool(jax.tree.leaves(params)))
         key = key_of(seed) if stochastic_rounding else None
         return QuantizedState(stored, key)
 
     def update_fn(updates, state, params=None, **extra_args):
-        updates, new = inner.update(updates, dequantize(state.inner), params, **extra_args)
+        decode = lambda x: dequantize(x) if is_quantized(x) else x
+        decoded = jax.tree.map(decode, state.inner, is_leaf=_is_own)
+        updates, new = inner.update(updates, decoded, params, **extra_args)
         key = state.key
         keys = iter(())
         if key is not None:
-            count = sum(map(is_quantized, jax.tree.leaves(state.inner, is_leaf=is_quantized)))
+            count = sum(map(is_quantized, jax.tree.leaves(state.inner, is_leaf=_is_own)))
             key, *rest = jax.random.split(key, 1 + count)
             keys = iter(rest)
 
         def store(old, x):
             return quantize_like(x, old, next(keys, None)) if is_quantized(old) else x
 
-        stored = jax.tree.map(store, state.inner, new, is_leaf=is_quantized)
+        stored = jax.tree.map(store, state.inner, new, is_leaf=_is_own)
         return updates, QuantizedState(stored, key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_own(node: Any) -> bool:
+    """Whether a node of the state is one that this wrapper encodes, or leaves as it is whole."""
+    return is_quantized(node) or isinstance(node, ProjectionState | QuantizedState)
 
 
 def _check_rules(

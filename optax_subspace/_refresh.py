@@ -217,7 +217,7 @@ def in_slices(
             after, done, energy = rule(jax.tree.map(take, arrays), before)
             energy = jnp.asarray(energy, jnp.float32)
             rotation, overlap = compare(dequantize(after[0]), dequantize(before[0]))
-            turned = rotation if rotate else None
+            turned = rotation.astype(dtype) if rotate else None
             new = Refreshed(after[0], after[1], done, overlap, energy, turned)
             return jax.tree.map(put, carry, new)
 

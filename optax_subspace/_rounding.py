@@ -16,7 +16,7 @@ from optax_subspace._blocks import (
     quantize,
     quantize_like,
 )
-from optax_subspace._leaves import Rules
+from optax_subspace._leaves import Rules, path_name
 from optax_subspace._plan import plan
 
 
@@ -92,7 +92,11 @@ def apply_updates(
       key: random key; use another at each step.
 
     Returns:
-      Parameters of the same structure and dtypes.
+      Parameters of the same structure and dtypes. Those whose update is zero throughout are the
+      same to the bit.
+
+    Raises:
+      ValueError: an update does not have its parameter's shape.
 
     References:
       Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.4.
@@ -106,9 +110,15 @@ def apply_updates(
       >>> sorted(set(rounded.tolist()))
       [1.0, 1.0078125]
     """
-    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     structure: Any = jax.tree.structure(params, is_leaf=is_quantized)
-    steps = structure.flatten_up_to(updates)
+    leaves, steps = [leaf for _, leaf in with_paths], structure.flatten_up_to(updates)
+    for (path, leaf), step in zip(with_paths, steps, strict=True):
+        if step is not None and jnp.shape(step) != jnp.shape(leaf):
+            raise ValueError(
+                f"apply_updates: the update of {path_name(path)} has shape {jnp.shape(step)}, the "
+                f"parameter {jnp.shape(leaf)}: give updates of the parameters' shapes"
+            )
     keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
     return structure.unflatten(
         [_apply(p, u, k) for p, u, k in zip(leaves, steps, keys, strict=True)]
@@ -120,7 +130,11 @@ def _apply(param: Any, update: Any, key: jax.Array | None) -> Any:
         return param
     if is_quantized(param):
         total = dequantize(param).astype(jnp.float32) + jnp.asarray(update, jnp.float32)
-        return quantize_like(total, param, key)
+        # Decoded values lie between codes by their last bits, from which a frozen weight would
+        # drift by whole codes, now and then.
+        moves = jnp.any(update != 0)
+        choose = lambda new, old: jnp.where(moves, new, old)
+        return jax.tree.map(choose, quantize_like(total, param, key), param)
     param = jnp.asarray(param)
     if not jnp.issubdtype(param.dtype, jnp.floating):
         return (param + update).astype(param.dtype)

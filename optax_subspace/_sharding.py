@@ -28,9 +28,11 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     axes as the weight's, and the rank axis never. So each device projects and lifts its own part;
     a step moves at most a low-rank gradient between devices, and no full weight or gradient. (One
     exception: ``svd`` of a gradient that is split along its shorter side gathers that one matrix
-    at its refresh, which ``subspace_iteration`` does not.) A leaf that is split along a batch axis
-    needs ``batch_split`` in its rule, or it is gathered at each step, of which a warning tells.
-    What belongs to no parameter, such as a counter, is on every device.
+    at its refresh, which ``subspace_iteration`` does not; nor do rules that follow, such as
+    ``history_pca(first=subspace_iteration())``, whose first basis is that of ``svd`` else.) A leaf
+    that is split along a batch axis needs ``batch_split`` in its rule, or it is gathered at each
+    step, of which a warning tells. What belongs to no parameter, such as a counter, is on every
+    device.
 
     Args:
       tx: any transformation, with or without projections of this library in it.

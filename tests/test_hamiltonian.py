@@ -14,13 +14,13 @@ CONVERGING = (1.875, -1.25, 0.375)
 PEERS = {
     "heavy_ball": (osub.heavy_ball(0.8), optax.trace(0.8)),
     "nesterov": (osub.nesterov(0.8), optax.trace(0.8, nesterov=True)),
-    "adam": (osub.adam_kinetic(0.8, 0.95, 1e-4), optax.scale_by_adam(0.8, 0.95, 1e-4)),
+    "adam": (osub.adam_kinetic(), optax.scale_by_adam()),
     "lion": (osub.lion_kinetic(0.8, 0.95), optax.scale_by_lion(0.8, 0.95)),
 }
 
 
-def matrices():
-    return {name: trees.params()[name] for name in ("tall", "wide", "square")}
+def matrices(dtype=jnp.float32):
+    return {name: trees.params(dtype)[name] for name in ("tall", "wide", "square")}
 
 
 def trajectory(tx, params, steps=6):
@@ -38,35 +38,40 @@ def assert_close(got, expected, rtol=1e-6):
 
 
 @pytest.mark.parametrize("name", PEERS)
-@pytest.mark.parametrize("inside", [False, True], ids=["full", "subspace"])
-def test_equals_optax(name, inside):
+@pytest.mark.parametrize("where", ["full", "full in float64", "subspace"])
+def test_equals_optax(name, where):
     kinetic, peer = PEERS[name]
     ours = osub.scale_by_hamiltonian_descent(kinetic)
-    params = matrices() | {"bias": trees.params()["bias"]}
-    if inside:
+    if where == "subspace":
         wrap = lambda tx: osub.scale_by_subspace(tx, rank=4, projector=osub.svd(3))
         ours, peer = wrap(ours), wrap(peer)
-    got, expected = trajectory(ours, params)[0], trajectory(peer, params)[0]
-    assert_close(got, expected)
+    dtype = jnp.float64 if "64" in where else jnp.float32
+    with jax.enable_x64(dtype == jnp.float64):
+        params = matrices(dtype) | {"bias": trees.params(dtype)["bias"]}
+        assert_close(trajectory(ours, params)[0], trajectory(peer, params)[0])
 
 
 def test_equals_muon():
     with jax.enable_x64(True):  # in float32 the products' rounding is above 1e-6
-        equals_muon({"square": trees.params(jnp.float64)["square"]})
+        equals_muon(matrices(jnp.float64))
 
 
 def equals_muon(params):
-    without = optax.contrib.muon(1.0, beta=0.9, nesterov=False)
+    dimensions = jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
+    for nesterov, b1 in ((True, 0.95**2), (False, 0.95)):
+        peer = optax.contrib.scale_by_muon(
+            nesterov=nesterov, weight_dimension_numbers=dimensions, eps=1e-30
+        )
+        kinetic = osub.lion_k("nuclear", b1, 0.95, bias_correction=nesterov)
+        ours = osub.scale_by_hamiltonian_descent(kinetic)
+        assert_close(trajectory(ours, params)[0], trajectory(peer, params)[0])
+    # The whole optimizer, which scales wide matrices besides.
+    square = {"square": params["square"]}
     ours = optax.chain(
         osub.scale_by_hamiltonian_descent(osub.lion_k("nuclear", 0.9, 0.9)), optax.scale(-1)
     )
-    assert_close(trajectory(ours, params)[0], trajectory(without, params)[0])
-    # With Nesterov's momentum, once the bias correction of its first steps is over.
-    peer = optax.contrib.scale_by_muon(
-        beta=0.5, weight_dimension_numbers={"square": optax.contrib.MuonDimensionNumbers()}
-    )
-    ours = osub.scale_by_hamiltonian_descent(osub.lion_k("nuclear", 0.25, 0.5))
-    assert_close(trajectory(ours, params, 30)[0][-1], trajectory(peer, params, 30)[0][-1])
+    peer = optax.contrib.muon(1.0, beta=0.9, nesterov=False)
+    assert_close(trajectory(ours, square)[0], trajectory(peer, square)[0])
 
 
 SMOOTH = {
@@ -197,7 +202,27 @@ def test_the_hamiltonian_of_an_nnx_optimizer():
     assert float(got.kinetic) > 0
 
 
-@pytest.mark.parametrize("name", ["adam", "nesterov"])
+@pytest.mark.parametrize("storage", ["8 bits", "float16"])
+def test_squares_that_storage_has_lost_do_not_blow_the_energy_up(storage):
+    kinetic = osub.adam_kinetic()
+    noise = jax.random.normal(jax.random.key(0), (96, 64))
+    params = {"w": noise * jnp.exp(2 * noise) * (1e-3 if storage == "float16" else 1)}
+    exact = osub.scale_by_hamiltonian_descent(kinetic)
+    stored = (
+        osub.quantize_state(exact)
+        if storage == "8 bits"
+        else osub.scale_by_hamiltonian_descent(kinetic, nu_dtype=jnp.float16)
+    )
+    energies = []
+    for tx in (exact, stored):
+        update, state = jax.jit(tx.update), tx.init(params)
+        for step in range(4):
+            _, state = update(jax.tree.map(lambda p, s=step: p * jnp.cos(0.7 * s), params), state)
+        energies.append(float(osub.hamiltonian(0.0, state, tx, params, 1.0).kinetic))
+    assert energies[1] == pytest.approx(energies[0], rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["adam", "nesterov", "lion"])
 def test_in_eight_bits_the_energy_is_nearly_the_same(name):
     kinetic, _ = PEERS[name]
     inner = osub.scale_by_hamiltonian_descent(kinetic)
@@ -212,14 +237,15 @@ def test_in_eight_bits_the_energy_is_nearly_the_same(name):
     assert "uint8" in {str(x.dtype) for x in jax.tree.leaves(state)}
     (exact, energy), (stored, found) = results
     error = np.linalg.norm(stored - exact) / np.linalg.norm(exact)
-    assert 0 < error < 0.05
+    # (A sign is another one where the momentum is about zero.)
+    assert 0 < error < (0.3 if name == "lion" else 0.05)
     np.testing.assert_allclose(found.kinetic, energy.kinetic, rtol=0.05)
     np.testing.assert_allclose(found.predicted, energy.predicted, rtol=0.05)
 
 
-@pytest.mark.parametrize("name", ["adam", "lion", "nuclear"])
+@pytest.mark.parametrize("name", [*PEERS, "frobenius", "nuclear"])
 def test_in_the_fused_step(name):
-    kinetic = PEERS[name][0] if name in PEERS else osub.lion_k("nuclear", 0.9, 0.9)
+    kinetic = PEERS[name][0] if name in PEERS else osub.lion_k(name, 0.9, 0.9)
     rules = [("layers", osub.MatrixSpec(-2, -1)), (".*", None)]
     tx = optax.chain(
         osub.scale_by_subspace(
@@ -298,7 +324,7 @@ def test_errors_tell_what_to_do():
         osub.lion_k("spectral")
     with pytest.raises(ValueError, match="unknown norm 0.5"):
         osub.lion_k(0.5)
-    with pytest.raises(ValueError, match="smoothing must not be negative"):
+    with pytest.raises(ValueError, match="smoothing must be a number of at least 0"):
         osub.lion_kinetic(smoothing=-1)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         osub.lion_k("nuclear", steps=0)
@@ -312,15 +338,53 @@ def test_errors_tell_what_to_do():
     with pytest.raises(ValueError, match="square has two momenta"):
         osub.hamiltonian(1.0, twice.init(params), twice, params, 0.1)
     other = osub.scale_by_hamiltonian_descent(osub.lion_kinetic())
-    parts = optax.multi_transform({"a": one, "b": other}, {"tall": "a", "wide": "a", "square": "b"})
+    labels = {"tall": "a", "wide": "a", "square": "b"}
+    parts = optax.multi_transform({"a": one, "b": other}, labels)
     with pytest.raises(ValueError, match="2 different kinetic energies"):
         osub.hamiltonian(1.0, parts.init(params), parts, params, 0.1)
+    parts = optax.multi_transform({"a": one, "b": optax.scale_by_adam()}, labels)
+    with pytest.raises(ValueError, match="holds a ScaleByAdamState beside the momenta"):
+        osub.hamiltonian(1.0, parts.init(params), parts, params, 0.1)
+    # Of the same numbers, it is the same.
+    again = osub.scale_by_hamiltonian_descent(osub.heavy_ball())
+    parts = optax.multi_transform({"a": one, "b": again}, labels)
+    osub.hamiltonian(1.0, parts.init(params), parts, params, 0.1)
+    with pytest.raises(ValueError, match="means of squares"):
+        osub.hamiltonian(1.0, one.init(params), one, params, 0.1, kinetic=osub.adam_kinetic())
+    with pytest.raises(TypeError, match="kinetic must be a Kinetic"):
+        osub.hamiltonian(1.0, one.init(params), one, params, 0.1, kinetic=osub.adam_kinetic)
+    with pytest.raises(TypeError, match="parameter w has dtype complex64"):
+        one.init({"w": jnp.ones(3, jnp.complex64)})
+    with pytest.raises(TypeError, match="smoothing must be a Python number"):
+        osub.lion_kinetic(smoothing=jnp.float32(0.1))
     injected = optax.inject_hyperparams(osub.scale_by_hamiltonian_descent)(
         osub.heavy_ball(), damping=0.2
     )
     _, state = injected.update(params, injected.init(params))
-    with pytest.raises(ValueError, match="give it with the numbers that they had"):
+    with pytest.raises(ValueError, match="with the numbers that it has, as kinetic="):
         osub.hamiltonian(1.0, state, injected, params, 0.1)
     kinetic = osub.heavy_ball()._replace(damping=0.2)
     found = osub.hamiltonian(1.0, state, injected, params, 0.1, kinetic=kinetic)
     assert float(found.kinetic) > 0
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_odd_leaves(name):
+    """Without any value, scalars, and numbers that are no arrays yet."""
+    tx = osub.scale_by_hamiltonian_descent(SHARP[name])
+    params = {"none": jnp.zeros((0, 4)), "scalar": jnp.float32(2), "number": 1.0}
+    updates, state = tx.update(params, tx.init(params))
+    assert updates["none"].shape == (0, 4)
+    np.testing.assert_allclose([updates["scalar"], updates["number"]], 1, rtol=1e-5)
+    assert float(osub.hamiltonian(0.0, state, tx, params, 1.0).kinetic) > 0
+
+
+def test_between_micro_batches_the_energy_stands_still():
+    momentum = osub.scale_by_hamiltonian_descent(osub.heavy_ball())
+    tx = osub.scale_by_subspace(momentum, rank=2, scale=lambda step: 1.0 + step, accumulate=3)
+    params = {"w": trees.params()["tall"]}
+    state, found = tx.init(params), []
+    for _ in range(6):
+        _, state = tx.update(params, state)
+        found.append(float(osub.hamiltonian(0.0, state, tx, params, 1.0).kinetic))
+    assert found[0] == found[1] == 0 < found[2] == found[3] == found[4] < found[5]

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import optax_subspace as osub
+from benchmarks.tracking import track
 from tests import trees
 
 RULES = {
@@ -146,3 +147,26 @@ def test_online_pca_equals_the_published_online_subspace_descent(tag):
             theirs = golden[f"{tag}/params{name[1]}"][step]
             np.testing.assert_allclose(ours, columns[name][step], rtol=1e-4, atol=1e-4)
             assert np.linalg.norm(value - theirs) < 1e-4 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_online_pca_keeps_its_scale_at_any_rank(rank):
+    """Through a jump of the whole subspace, where each column is pulled at most."""
+    found = track(osub.online_pca(), 64, 64, rank, 80, 30, 2e-3, "float32", 0.0)
+    assert found.skew.max() < 0.05
+
+
+@pytest.mark.parametrize("rule", [osub.history_pca, osub.online_pca, osub.oja])
+def test_another_first_basis(rule):
+    """The best one, and one that is given."""
+    gradient = {"w": trees.params()["tall"]}
+    bases = []
+    for first in (None, osub.subspace_iteration(power=8), osub.fixed(jnp.eye(20)[:, :4])):
+        tx = osub.scale_by_subspace(
+            optax.identity(), rank=4, side="left", projector=rule(first=first)
+        )
+        _, state = tx.update(gradient, tx.init(gradient))
+        bases.append(np.asarray(state.projection.leaves["w"].bases[0]))
+    best, iterated, given = bases
+    assert np.linalg.norm(best.T @ iterated) ** 2 > 3.99
+    np.testing.assert_array_equal(given, np.eye(20)[:, :4])

@@ -174,7 +174,7 @@ def test_errors():
         osub.quantize_state(adam, rules=[("count", "linear")]).init(params)
     with pytest.warns(UserWarning, match="'moo' matches no array of the state"):
         osub.quantize_state(adam, rules=[("moo", None)]).init(params)
-    with pytest.raises(TypeError, match="projector_dtype must be a floating-point dtype or one of"):
+    with pytest.raises(TypeError, match="projector_dtype must be a floating-point dtype .* got 'dinamic'"):
         osub.galore(0.1, projector_dtype="dinamic")
     with pytest.raises(TypeError, match="projector_dtype must be"):
         osub.galore(0.1, projector_dtype=jnp.int8)
@@ -556,3 +556,45 @@ def test_moments_of_a_bare_array_are_turned():
         results.append(state)
     expected, found = results[0].inner.mu, osub.dequantize(results[1].inner.inner.mu)
     assert jnp.linalg.norm(found - expected) < 0.03 * jnp.linalg.norm(expected)
+
+
+def test_only_what_a_wrapper_has_encoded_is_decoded_by_it():
+    """Neither bases in blocks, of which refreshes see the exact new ones, nor another's state."""
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 96))}
+    inner = osub.scale_by_subspace(
+        optax.scale_by_adam(), rank=8, projector=osub.svd(2), projector_dtype="linear4"
+    )
+    outer = osub.quantize_state(inner, min_size=10**9)
+    twice = osub.quantize_state(osub.quantize_state(inner, min_size=64), min_size=64)
+    once = osub.quantize_state(inner, min_size=64)
+    pairs = [(inner, outer), (once, twice)]
+    for plain, wrapped in pairs:
+        one, two = plain.init(params), wrapped.init(params)
+        for step in range(3):
+            gradient = trees.grads(params, step)
+            a, one = plain.update(gradient, one)
+            b, two = wrapped.update(gradient, two)
+            np.testing.assert_array_equal(a["w"], b["w"])
+
+
+@pytest.mark.parametrize(("shape", "shards"), [((8, 8, 64), 8), ((64, 64), 8), ((8, 8, 64), 4)])
+def test_parts_below_a_block_take_no_more_bytes_than_they_had(shape, shards):
+    x = jax.random.normal(jax.random.key(0), shape)
+    stored = osub.quantize(x, osub.Layout("dynamic", shards=shards))
+    assert sum(a.nbytes for a in jax.tree.leaves(stored)) < x.nbytes / 2
+    assert stored.codes.size == x.size
+    np.testing.assert_allclose(osub.dequantize(stored), x, atol=0.02 * float(jnp.abs(x).max()))
+
+
+def test_bases_with_a_layout_of_their_own():
+    params = {"w": jnp.ones((64, 96))}
+    tx = osub.galore(0.1, rank=8, projector_dtype=osub.Layout("linear", shards=4))
+    _, state = tx.update(params, tx.init(params))
+    (basis,) = state[0].projection.leaves["w"].bases
+    assert basis.layout.shards == 4 and basis.codes.shape[:2] == (4, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3", "float4_e2m1fn", "int8", "complex64", object()])
+def test_dtypes_that_bases_cannot_have(dtype):
+    with pytest.raises(TypeError, match="projector_dtype must be a floating-point dtype"):
+        osub.galore(0.1, projector_dtype=dtype)

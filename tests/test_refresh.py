@@ -361,3 +361,40 @@ def test_a_rule_that_fails_leaves_its_leaf_as_it_was():
         updates, state = tx.update(gradient, state)
         assert jnp.isfinite(updates["w"]).all() and jnp.any(updates["w"] != 0)
     np.testing.assert_array_equal(state.projection.leaves["w"].bases[0], jnp.eye(8, 2))
+
+
+@pytest.mark.parametrize("rule", [osub.history_pca(), osub.oja()])
+def test_moments_of_a_follower_that_begins_anew_turn_too(rule):
+    """Old and new basis are orthogonal here, so that nothing is left of the old moments."""
+    tx = osub.scale_by_subspace(
+        optax.scale_by_adam(), rank=2, side="left", projector=rule, moments="project"
+    )
+    draw = lambda seed: jax.random.normal(jax.random.key(seed), (4, 16))
+    upper = {"w": jnp.zeros((8, 16)).at[:4].set(draw(0))}
+    lower = {"w": jnp.zeros((8, 16)).at[4:].set(draw(1))}
+    update, state = jax.jit(tx.update), tx.init(upper)
+    for gradient in [upper] * 5 + [lower] * 2:
+        _, state = update(gradient, state)
+    leaf = state.projection.leaves["w"]
+    assert int(leaf.refreshes) == 2
+    inside = np.linalg.qr(np.asarray(leaf.bases[0]))[0].T @ np.asarray(
+        lower["w"]
+    )  # (the basis of the next step, which is nearly this one)
+    norm = np.linalg.norm(state.inner.mu["w"])
+    np.testing.assert_allclose(norm, 0.1 * np.linalg.norm(inside), rtol=0.1)
+
+
+@pytest.mark.parametrize("moments", ["keep", "project"])
+def test_gradients_of_another_dtype_than_the_parameters(moments):
+    with jax.enable_x64(True):
+        for weight, gradient in (("float64", "float32"), ("float32", "float64")):
+            params = {"w": jnp.ones((8, 6), weight)}
+            for rule in (osub.svd(2), osub.history_pca()):
+                tx = osub.scale_by_subspace(
+                    optax.scale_by_adam(), rank=2, projector=rule, moments=moments
+                )
+                state = tx.init(params)
+                for _ in range(3):
+                    updates, state = tx.update({"w": jnp.ones((8, 6), gradient)}, state)
+                assert updates["w"].dtype == gradient
+                assert state.inner.mu["w"].dtype == weight

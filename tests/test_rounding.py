@@ -185,3 +185,24 @@ def test_other_leaves_move_as_with_optax():
         moved = osub.apply_updates(params, updates, key=key)
         assert int(moved["count"]) == 2**24 + 1 and moved["count"].dtype == jnp.int32
         assert moved["x"].tolist() == [1.5, 1.5] and moved["small"].tolist() == [2, 2]
+
+
+def test_updates_of_another_shape_are_refused():
+    params = {"a": osub.quantize_weights({"w": jnp.ones((64, 64))}), "b": jnp.ones((1, 3))}
+    good = {"a": {"w": jnp.ones((64, 64))}, "b": jnp.ones((1, 3))}
+    osub.apply_updates(params, good)
+    for bad, message in (
+        (good | {"a": {"w": jnp.ones((5, 64, 64))}}, r"update of a/w has shape \(5, 64, 64\)"),
+        (good | {"b": jnp.ones((5, 3))}, r"update of b has shape \(5, 3\), the parameter \(1, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            osub.apply_updates(params, bad)
+
+
+def test_weights_that_do_not_move_do_not_drift():
+    params = osub.quantize_weights({"w": jax.random.normal(jax.random.key(0), (256, 64))})
+    step = jax.jit(lambda p, key: osub.apply_updates(p, {"w": jnp.zeros((256, 64))}, key=key))
+    moved = params
+    for i in range(50):
+        moved = step(moved, jax.random.key(i))
+    chex.assert_trees_all_equal(moved, params)

@@ -34,6 +34,7 @@ CASES = {
 RULES = {
     "svd": osub.svd(), "iteration": osub.subspace_iteration(),
     "history": osub.history_pca(), "online": osub.online_pca(),
+    "history after iteration": osub.history_pca(first=osub.subspace_iteration()),
 }
 STORED = {"left by columns": 8, "right by rows": 1, "experts": 8}  # shards
 MOVED = r"\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute|all-reduce)\("
@@ -43,6 +44,7 @@ if sys.argv[1:] == ["all"]:
 else:  # each case once, and each rule where it could need what another does not
     runs = [(case, "svd", 0) for case in CASES]
     runs += [(case, "iteration", 0) for case in ("right by rows", "left by rows")]
+    runs += [("left by rows", "history after iteration", 0)]
     runs += [(case, rule, 0) for case in ("experts", "heads") for rule in ("history", "online")]
 runs += [(case, "svd", shards) for case, shards in STORED.items()]
 for case, rule, shards in runs:
@@ -112,7 +114,7 @@ def found():
 @pytest.mark.slow
 def test_no_projector_gathers_a_full_weight():
     everything = on_eight_devices("all")
-    assert len(everything) == 35
+    assert len(everything) == 43
     check_moves(everything)
     assert max(result["error"] for result in everything.values()) < 1e-5
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optax_subspace as osub
 from tests import trees
@@ -345,3 +346,24 @@ def test_errors_of_the_factory_and_of_foreign_states():
     tx = pure(rules=None, projector=wrong)
     with pytest.raises(ValueError, match=r"basis of shape \(12, 2\), expected \(12, 4\)"):
         tx.update(params, tx.init(params))
+
+
+def test_without_decay_the_aliases_need_no_parameters():
+    params = {"w": jnp.ones((8, 6))}
+    for alias in (osub.galore, osub.online_subspace_descent, osub.galore_adamw8bit):
+        tx = alias(0.1, rank=2)
+        updates, _ = tx.update(params, tx.init(params))
+        assert float(jnp.linalg.norm(updates["w"])) > 0
+        with pytest.raises(ValueError, match="params"):
+            decaying = alias(0.1, rank=2, weight_decay=0.1)
+            decaying.update(params, decaying.init(params))
+
+
+def test_metrics_of_an_nnx_optimizer():
+    model = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+    tx = osub.galore(1e-2, 2)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    gradients = nnx.grad(lambda m: jnp.sum(m(jnp.ones((4, 16))) ** 2))(model)
+    optimizer.update(model, gradients)
+    found = osub.subspace_metrics(tx, optimizer.opt_state, gradients)["kernel"]
+    assert float(found.captured_energy) == pytest.approx(1) and int(found.refreshes) == 1

@@ -34,9 +34,9 @@ class OptimizerConfig:
     learning_rate: float | None = None
     """Peak of the schedule; None is the optimizer's own: 0.01 in a subspace, 0.003 for adamw, 0.5
     for lomo, 0.01 for adalomo"""
-    kinetic: Literal["adam", "heavy_ball", "nesterov", "lion", "muon"] = "adam"
+    kinetic: Literal["adam", "heavy_ball", "nesterov", "lion"] = "adam"
     """galore, online_subspace_descent: the momentum method within the subspace, as a Hamiltonian
-    descent; the b1 and b2 of its peer in optax, of which all but adam and lion read b1 alone"""
+    descent; b1 and b2 are those of its peer in optax, of which the balls read b1 alone"""
     rank: int = 32
     """In a subspace: its dimension"""
     every: int = 50
@@ -48,7 +48,8 @@ class OptimizerConfig:
     projector_dtype: Storage = "float32"
     """In a subspace: how the bases are stored; 4 and 8 bits have a scale for each 256 values"""
     code: Code = "dynamic"
-    """8bit: how the moments are stored"""
+    """8bit: how the moments are stored; of linear, float8_e4m3fn and the 4-bit codes, which lose
+    small squares, the first moments alone, and the second ones in dynamic"""
     b1: float = 0.9
     """Decay of the first moment"""
     b2: float = 0.999
@@ -70,6 +71,7 @@ GALORE = ("galore", "galore_adamw8bit")
 SUBSPACE = (*GALORE, "online_subspace_descent", "online_subspace_adamw8bit")
 ADAMW = ("adamw", "adamw8bit")
 MOMENTA = (*SUBSPACE, *ADAMW)
+FIRST_MOMENTS_ALONE = ("linear", "float8_e4m3fn", "dynamic4", "linear4")  # else Adam diverges
 EIGHT_BIT = ("galore_adamw8bit", "online_subspace_adamw8bit", "adamw8bit")
 
 # Fields that some optimizers alone read: giving them to another one is refused.
@@ -227,6 +229,12 @@ def validate(config: Config) -> None:
             else (f"{config.optimizer.name} has no momentum, and so no kinetic energy")
         )
         raise UsageError(f"--log.hamiltonian: {what}; leave it out")
+    if config.log.hamiltonian and config.train.eval_every >= config.train.steps:
+        raise UsageError(
+            f"--log.hamiltonian: is measured at evaluations on a part of the held-out split, of "
+            f"which --train.eval_every {config.train.eval_every} leaves none; give fewer than the "
+            f"{config.train.steps} steps of the run"
+        )
     if config.lora.only and not config.lora.rank:
         raise UsageError("--lora.only: there are no adapters to train; give --lora.rank, e.g. 8")
     if config.data.validation_fraction >= 1:

@@ -17,7 +17,6 @@ from optax_subspace import (
     galore,
     galore_adamw8bit,
     heavy_ball,
-    lion_k,
     lion_kinetic,
     lomo,
     nesterov,
@@ -25,7 +24,7 @@ from optax_subspace import (
     online_subspace_descent,
     scale_by_hamiltonian_descent,
 )
-from train.config import GALORE, SUBSPACE, LoraConfig, OptimizerConfig
+from train.config import FIRST_MOMENTS_ALONE, GALORE, SUBSPACE, LoraConfig, OptimizerConfig
 
 NO_ADAPTERS = LoraConfig()
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
@@ -70,6 +69,8 @@ def make(
             settings["every"] = config.every
     adam: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     storage: dict[str, Any] = {"code": config.code}
+    if config.code in FIRST_MOMENTS_ALONE:
+        storage["rules"] = [("(^|/)nu/", "dynamic")]
     kinetic = None
     match config.name:
         case "galore":
@@ -119,7 +120,6 @@ def _momentum(config: OptimizerConfig) -> optax.GradientTransformation:
         "heavy_ball": lambda: heavy_ball(b1),
         "nesterov": lambda: nesterov(b1),
         "lion": lambda: lion_kinetic(b1, b2),
-        "muon": lambda: lion_k("nuclear", b1**2, b1),
     }
     return scale_by_hamiltonian_descent(kinetics[config.kinetic]())
 

@@ -73,6 +73,12 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def basis_of(rule: Projector, gradient: jax.Array, basis: jax.Array) -> jax.Array:
+    """The basis ``(m, r)`` that a rule begins with, whose own state nobody keeps."""
+    m, n = gradient.shape
+    return rule.update(gradient, basis, rule.init(jax.random.key(0), m, n, basis.shape[1]))[0]
+
+
 # The axis of `jax.vmap` over which the layers of a fused backward pass are initialised.
 LAYER_AXIS = "layers of fused_backward"
 

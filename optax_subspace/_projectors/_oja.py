@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from optax_subspace._projectors._base import Projector
+from optax_subspace._projectors._base import Projector, basis_of
 from optax_subspace._projectors._history_pca import positive_qr
 from optax_subspace._projectors._svd import svd
 
 
-def oja(step: float = 10.0) -> Projector:
+def oja(step: float = 10.0, *, first: Projector | None = None) -> Projector:
     r"""Oja's rule with retraction.
 
     .. math::
@@ -15,6 +15,9 @@ def oja(step: float = 10.0) -> Projector:
 
     Args:
       step: :math:`\eta`, free of the gradient's scale.
+      first: rule whose ``update`` gives the first basis, :func:`svd` by default;
+        :func:`subspace_iteration` compiles faster for TPUs, and gathers no gradient that is split
+        over devices.
 
     Returns:
       A :class:`Projector` without state.
@@ -37,4 +40,10 @@ def oja(step: float = 10.0) -> Projector:
     def follow(product, basis, state):
         return positive_qr(basis + step * product)[0], state
 
-    return Projector(lambda key, m, n, rank: (), svd().update, every=None, follow=follow)
+    begin = svd() if first is None else first
+    return Projector(
+        init=lambda key, m, n, rank: (),
+        update=lambda gradient, basis, state: (basis_of(begin, gradient, basis), state),
+        every=None,
+        follow=follow,
+    )
