@@ -174,7 +174,9 @@ def test_errors():
         osub.quantize_state(adam, rules=[("count", "linear")]).init(params)
     with pytest.warns(UserWarning, match="'moo' matches no array of the state"):
         osub.quantize_state(adam, rules=[("moo", None)]).init(params)
-    with pytest.raises(TypeError, match="projector_dtype must be a floating-point dtype .* got 'dinamic'"):
+    with pytest.raises(
+        TypeError, match="projector_dtype must be a floating-point dtype .* got 'dinamic'"
+    ):
         osub.galore(0.1, projector_dtype="dinamic")
     with pytest.raises(TypeError, match="projector_dtype must be"):
         osub.galore(0.1, projector_dtype=jnp.int8)
