@@ -11,12 +11,8 @@ from optax_subspace._chaining import (
     subspace_project,
 )
 from optax_subspace._describe import Description, describe
-from optax_subspace._hamiltonian import (
-    Hamiltonian,
-    HamiltonianState,
-    hamiltonian,
-    scale_by_hamiltonian_descent,
-)
+from optax_subspace._energy import Hamiltonian, hamiltonian
+from optax_subspace._hamiltonian import HamiltonianState, scale_by_hamiltonian_descent
 from optax_subspace._kinetic import (
     Kinetic,
     adam_kinetic,

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optax_subspace._norms import (
+    largest_entry,
+    magnitude,
+    matrix_axes,
+    nuclear_norm,
+    orthogonalized,
+    p_norm,
+    p_slope,
+    share_of_largest,
+)
 from optax_subspace._projectors._base import check_count
 
 # Muon's, by which five steps bring all singular values to between 0.7 and 1.2.
@@ -279,19 +288,19 @@ def lion_k(
     if isinstance(norm, str):
         norm = {"l1": 1.0, "l2": 2.0, "frobenius": 2.0, "linf": float("inf")}.get(norm, norm)
     if norm == "nuclear":
-        value = lambda s: _nuclear_norm(s, mu)
-        slope = lambda s: _orthogonalized(s, mu, coefficients, steps)
+        value = lambda s: nuclear_norm(s, mu)
+        slope = lambda s: orthogonalized(s, mu, coefficients, steps)
     elif not isinstance(norm, int | float) or not norm >= 1:
         raise ValueError(
             f"lion_k: unknown norm {norm!r}: give a number of at least 1, 'frobenius' or 'nuclear'"
         )
     elif norm == float("inf"):
-        value, slope = (lambda s: _largest(s, mu)), (lambda s: _share_of_largest(s, mu))
+        value, slope = (lambda s: largest_entry(s, mu)), (lambda s: share_of_largest(s, mu))
     elif norm == 1:
-        value = lambda s: jnp.sum(_magnitude(s, mu) - mu, axis=_matrix_axes(s))
-        slope = lambda s: s / _magnitude(s, mu) if mu else jnp.sign(s)
+        value = lambda s: jnp.sum(magnitude(s, mu) - mu, axis=matrix_axes(s))
+        slope = lambda s: s / magnitude(s, mu) if mu else jnp.sign(s)
     else:
-        value, slope = (lambda s: _p_norm(s, norm, mu)), (lambda s: _p_slope(s, norm, mu))
+        value, slope = (lambda s: p_norm(s, norm, mu)), (lambda s: p_slope(s, norm, mu))
     return Kinetic(
         lambda s, *_: jnp.sum(value(s)),
         lambda s, *_: slope(s),
@@ -306,96 +315,3 @@ def _check_decay(name: str, value: Any) -> None:
         return
     if not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"{name} must be within [0, 1), got {value!r}")
-
-
-def _matrix_axes(s: jax.Array) -> tuple[int, ...]:
-    return tuple(range(-min(s.ndim, 2), 0))
-
-
-def _magnitude(s: jax.Array, mu: float) -> jax.Array:
-    return jnp.sqrt(s**2 + mu**2) if mu else jnp.abs(s)
-
-
-def _scaled(s: jax.Array, mu: float) -> tuple[jax.Array, jax.Array]:
-    """Magnitudes over the largest of their matrix, and that one: powers neither vanish nor grow."""
-    size = _magnitude(s, mu)
-    largest = jnp.max(size, axis=_matrix_axes(s), keepdims=True)
-    return size / jnp.where(largest > 0, largest, 1), largest
-
-
-def _p_norm(s: jax.Array, p: float, mu: float) -> jax.Array:
-    size, largest = _scaled(s, mu)
-    at_zero = mu * _entries(s) ** (1 / p)
-    norms = jnp.sum(size**p, axis=_matrix_axes(s), keepdims=True) ** (1 / p) * largest
-    return norms - at_zero
-
-
-def _p_slope(s: jax.Array, p: float, mu: float) -> jax.Array:
-    size, largest = _scaled(s, mu)
-    norms = jnp.sum(size**p, axis=_matrix_axes(s), keepdims=True) ** (1 / p)
-    # Zero where the matrix is.
-    slope = (size / jnp.where(norms > 0, norms, 1)) ** (p - 1)
-    return slope * (s / _magnitude(s, mu) if mu else jnp.sign(s))
-
-
-def _entries(s: jax.Array) -> int:
-    return math.prod(s.shape[axis] for axis in _matrix_axes(s))
-
-
-def _largest(s: jax.Array, mu: float) -> jax.Array:
-    axes = _matrix_axes(s)
-    if not mu:
-        return jnp.max(jnp.abs(s), axis=axes)
-    both = jnp.stack([s, -s]) / mu
-    above = jax.nn.logsumexp(both, axis=(0, *axes))
-    return mu * (above - jnp.log(2.0 * _entries(s)))
-
-
-def _share_of_largest(s: jax.Array, mu: float) -> jax.Array:
-    axes = _matrix_axes(s)
-    if mu:
-        shares = jax.nn.softmax(jnp.stack([s, -s]) / mu, axis=(0, *axes))
-        return shares[0] - shares[1]
-    size = jnp.abs(s)
-    largest = (size == jnp.max(size, axis=axes, keepdims=True)) & (size > 0)
-    count = jnp.sum(largest, axis=axes, keepdims=True)
-    return jnp.where(largest, jnp.sign(s), 0) / jnp.maximum(count, 1)
-
-
-def _as_matrix(s: jax.Array) -> jax.Array:
-    return s if s.ndim >= 2 else s.reshape(1, -1)
-
-
-def _nuclear_norm(s: jax.Array, mu: float) -> jax.Array:
-    matrices = _as_matrix(s)
-    slices = matrices.reshape(-1, *matrices.shape[-2:])
-    # (One after the other, see ``_refresh.in_slices``.)
-    values = jax.lax.map(lambda m: jnp.linalg.svd(m, compute_uv=False), slices)
-    return jnp.sum(_magnitude(values, mu) - mu)
-
-
-def _orthogonalized(
-    s: jax.Array, mu: float, coefficients: tuple[float, float, float], steps: int
-) -> jax.Array:
-    """``S (S^T S + mu^2)^(-1/2)`` by Newton-Schulz, for the last two axes."""
-    x = _as_matrix(s)
-    rows, columns = x.shape[-2:]
-    if rows > columns:
-        x = x.mT
-    if mu:
-        # The polar factor of (S, mu I) has the one of S, smoothed, in its first columns.
-        side = jnp.broadcast_to(
-            mu * jnp.eye(x.shape[-2], dtype=x.dtype), (*x.shape[:-1], x.shape[-2])
-        )
-        x = jnp.concatenate([x, side], axis=-1)
-    tiny = jnp.finfo(x.dtype).tiny
-    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True), tiny)
-    x = x / largest
-    x = x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), tiny)
-    a, b, c = coefficients
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    if mu:
-        x = x[..., : max(rows, columns)]
-    return (x.mT if rows > columns else x).reshape(s.shape)

@@ -99,12 +99,14 @@ def _with_fewest_bytes(
         low = [jax.ShapeDtypeStruct(p.low_shape, compute_dtype(p.dtype)) for p in decided]
         state = jax.eval_shape(inner.init, structure.unflatten(low))
         inner_bytes = bytes_by_leaf(state, structure)
-        candidates.append(
-            [
-                (count + buffer(x) + _projection_bytes(p, p.projector or projector, storage), p)
-                for count, x, p in zip(inner_bytes, low, decided, strict=True)
-            ]
-        )
+        row = []
+        for count, x, p in zip(inner_bytes, low, decided, strict=True):
+            try:
+                own: float = _projection_bytes(p, p.projector or projector, storage)
+            except ValueError:  # the rule has no basis of that shape, as `fixed` may not
+                own = math.inf
+            row.append((count + buffer(x) + own, p))
+        candidates.append(row)
     return [min(c, key=lambda pair: pair[0])[1] for c in zip(*candidates, strict=True)]
 
 

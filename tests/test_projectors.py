@@ -149,6 +149,15 @@ def test_online_pca_equals_the_published_online_subspace_descent(tag):
             assert np.linalg.norm(value - theirs) < 1e-4 * np.linalg.norm(theirs)
 
 
+def test_auto_takes_the_side_that_a_given_basis_fits():
+    params = {"w": jnp.ones((20, 12))}
+    for rows, side in ((20, "left"), (12, "right")):
+        tx = osub.galore(0.1, 4, side="auto", projector=osub.fixed(jnp.eye(rows)[:, :4]))
+        assert osub.describe(params, tx).leaves[0].side == side
+    with pytest.raises(ValueError, match="asks for a basis of shape"):
+        osub.galore(0.1, 4, side="auto", projector=osub.fixed(jnp.eye(7)[:, :4])).init(params)
+
+
 @pytest.mark.parametrize("rank", [4, 16])
 def test_online_pca_keeps_its_scale_at_any_rank(rank):
     """Through a jump of the whole subspace, where each column is pulled at most."""
