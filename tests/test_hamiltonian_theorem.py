@@ -9,6 +9,7 @@ that ``H`` never grows for ``lr <= 2 / (l L |P|^2)``.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -198,20 +199,13 @@ def largest_step(kinetic, lipschitz, smoothness, basis=1.0):
     return bound
 
 
+# Of all combinations each kinetic energy, projector and problem several times; the others if slow.
+ALL = itertools.product(enumerate(PROBLEMS), enumerate(KINETICS), enumerate(PROJECTORS))
 CASES = [
     pytest.param(
-        problem,
-        kinetic,
-        projector,
-        marks=[]
-        if problem == "quadratic"
-        or (projector == "random" and problem == "network")
-        or (projector == "online_pca" and problem == "logistic")
-        else [pytest.mark.slow],
+        problem, kinetic, projector, marks=[] if (i + j + k) % 5 == 0 else [pytest.mark.slow]
     )
-    for problem in PROBLEMS
-    for kinetic in KINETICS
-    for projector in PROJECTORS
+    for (i, problem), (j, kinetic), (k, projector) in ALL
 ]
 
 
@@ -235,7 +229,9 @@ def test_the_hamiltonian_falls(problem, kinetic, projector):
 
 
 @pytest.mark.parametrize("kinetic", SHARP)
-@pytest.mark.parametrize("projector", ["random", "online_pca"])
+@pytest.mark.parametrize(
+    "projector", ["random", pytest.param("online_pca", marks=pytest.mark.slow)]
+)
 def test_the_order_needs_no_smooth_kinetic_energy(kinetic, projector):
     """Of a norm, whose gradient jumps: the change of first order is a matter of convexity alone."""
     path = run("quadratic", SHARP[kinetic], PROJECTORS[projector], 0.02)
@@ -280,9 +276,9 @@ def test_a_norm_ends_within_the_order_of_the_learning_rate(kinetic, projector):
     ("problem", "kinetic"),
     [
         ("quadratic", "heavy_ball"),
-        ("quadratic", "adam"),
-        ("quadratic", "nuclear"),
-        ("logistic", "nesterov"),
+        pytest.param("quadratic", "adam", marks=pytest.mark.slow),
+        pytest.param("quadratic", "nuclear", marks=pytest.mark.slow),
+        pytest.param("logistic", "nesterov", marks=pytest.mark.slow),
         ("logistic", "lion"),
     ],
 )
