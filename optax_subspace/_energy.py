@@ -81,7 +81,7 @@ def hamiltonian(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from optax_subspace import heavy_ball, scale_by_subspace
+      >>> from optax_subspace import heavy_ball, scale_by_hamiltonian_descent, scale_by_subspace
       >>> momentum = scale_by_hamiltonian_descent(heavy_ball(0.9))
       >>> tx = optax.chain(scale_by_subspace(momentum, rank=1), optax.scale(-0.01))
       >>> params = {"w": jnp.eye(4)}

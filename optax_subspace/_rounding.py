@@ -96,7 +96,7 @@ def apply_updates(
       same to the bit.
 
     Raises:
-      ValueError: an update does not have its parameter's shape.
+      ValueError: an update neither has its parameter's shape nor broadcasts to it.
 
     References:
       Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.4.
@@ -114,15 +114,21 @@ def apply_updates(
     structure: Any = jax.tree.structure(params, is_leaf=is_quantized)
     leaves, steps = [leaf for _, leaf in with_paths], structure.flatten_up_to(updates)
     for (path, leaf), step in zip(with_paths, steps, strict=True):
-        if step is not None and jnp.shape(step) != jnp.shape(leaf):
+        shape = jnp.shape(leaf)
+        if step is not None and not _fits(jnp.shape(step), shape):
             raise ValueError(
                 f"apply_updates: the update of {path_name(path)} has shape {jnp.shape(step)}, the "
-                f"parameter {jnp.shape(leaf)}: give updates of the parameters' shapes"
+                f"parameter {shape}: give updates of the parameters' shapes"
             )
     keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
     return structure.unflatten(
         [_apply(p, u, k) for p, u, k in zip(leaves, steps, keys, strict=True)]
     )
+
+
+def _fits(update: tuple[int, ...], param: tuple[int, ...]) -> bool:
+    ends = zip(reversed(update), reversed(param), strict=False)
+    return len(update) <= len(param) and all(u in (1, p) for u, p in ends)
 
 
 def _apply(param: Any, update: Any, key: jax.Array | None) -> Any:

@@ -37,6 +37,7 @@ def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     return [
         *TINY,
+        "--log.hamiltonian",
         *["--data.path", str(write_text(folder / "text"))],
         *["--data.cache_dir", str(folder / "cache")],
     ]
@@ -198,7 +199,8 @@ def test_parameters_that_are_no_numbers_are_never_saved(words, tmp_path, capsys)
 
 def test_a_run_that_diverges_to_a_finite_loss_still_reports(words, tmp_path, capsys):
     folder = tmp_path / "run"
-    run = [*words, "--run_dir", str(folder), "--train.steps", "3"]
+    run = [word for word in words if word != "--log.hamiltonian"]  # of which 3 steps have none
+    run += ["--run_dir", str(folder), "--train.steps", "3"]
     assert main([*run, "--optimizer.learning_rate", "3000"]) == 0
     assert re.search(r"perplexity +inf", capsys.readouterr().out)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -207,7 +209,7 @@ def test_a_run_that_diverges_to_a_finite_loss_still_reports(words, tmp_path, cap
 
 def test_adamw_takes_the_same_way(words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = [*words, "--train.steps", "6", "--optimizer.name", "adamw"]
+    run = [*words, "--train.steps", "16", "--optimizer.name", "adamw"]
     # The keys that galore alone reads are refused with adamw.
     assert main(run) == 2
     assert "--optimizer.every: the optimizer adamw doesn't read it" in capsys.readouterr().err
@@ -220,6 +222,7 @@ def test_adamw_takes_the_same_way(words, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "runs" / "quickstart-tiny-adamw"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["kind"] == "final"
+    assert [row["kinetic"] > 0 for row in rows if row["kind"] == "hamiltonian"] == [True]
     assert rows[0]["effective_learning_rate"] == rows[0]["learning_rate"]
     # --resume finds the run by its name; another configuration is refused with the key's name.
     assert main([*run, "--resume", "--train.seed", "5"]) == 2

@@ -18,7 +18,6 @@ TINY = [
     *["--train.batch_size", "2", "--train.sequence_length", "16", "--train.steps", "40"],
     *["--train.eval_every", "15", "--train.eval_batches", "2", "--log.print_every", "10"],
     *["--optimizer.rank", "4", "--optimizer.every", "10", "--checkpoint.every", "7"],
-    "--log.hamiltonian",
 ]
 
 
