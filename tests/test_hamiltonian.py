@@ -37,8 +37,14 @@ def assert_close(got, expected, rtol=1e-6):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", PEERS)
-@pytest.mark.parametrize("where", ["full", "full in float64", "subspace"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("adam", "full in float64"),
+        *((name, "subspace") for name in PEERS),
+        *(pytest.param(name, "full", marks=pytest.mark.slow) for name in PEERS),
+    ],
+)
 def test_equals_optax(name, where):
     kinetic, peer = PEERS[name]
     ours = osub.scale_by_hamiltonian_descent(kinetic)
@@ -94,7 +100,9 @@ SHARP = {
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 5), (6,), ()])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5), (6,), *(pytest.param(s, marks=pytest.mark.slow) for s in ((4, 3), ()))]
+)
 def test_the_gradient_is_that_of_the_energy(name, shape):
     for kinetic in (SMOOTH[name], SHARP.get(name, SMOOTH[name])):
         with jax.enable_x64(True):

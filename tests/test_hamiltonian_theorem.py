@@ -243,7 +243,10 @@ def growth(kinetic, projector, rate):
     return run("quadratic", kinetic, PROJECTORS[projector], rate, 4000).change[-1000:].max()
 
 
-@pytest.mark.parametrize(("kinetic", "projector"), [("sign", "random"), ("nuclear", "random")])
+@pytest.mark.parametrize(
+    ("kinetic", "projector"),
+    [("sign", "random"), pytest.param("nuclear", "random", marks=pytest.mark.slow)],
+)
 def test_halving_the_learning_rate_quarters_what_the_energy_grows_by(kinetic, projector):
     grown = [growth(SHARP[kinetic], projector, rate) for rate in (0.02, 0.01, 0.005)]
     assert all(g > 0 for g in grown)
@@ -260,7 +263,10 @@ def test_without_convexity_it_only_halves():
     assert first[0] / first[1] == pytest.approx(2, abs=0.1)
 
 
-@pytest.mark.parametrize(("kinetic", "projector"), [("sign", "random"), ("frobenius", "svd")])
+@pytest.mark.parametrize(
+    ("kinetic", "projector"),
+    [("sign", "random"), pytest.param("frobenius", "svd", marks=pytest.mark.slow)],
+)
 def test_a_norm_ends_within_the_order_of_the_learning_rate(kinetic, projector):
     tails = [
         run("quadratic", SHARP[kinetic], PROJECTORS[projector], rate, 4000).gradient[-500:].mean()

@@ -393,10 +393,16 @@ def test_describe_counts_the_blocks():
 
 
 @pytest.mark.parametrize(
-    "storage", [jnp.bfloat16, "dynamic", "linear", "linear4", jnp.float8_e4m3fn]
+    ("storage", "rule"),
+    [
+        *(("linear4", osub.history_pca()), (jnp.bfloat16, osub.svd(5)), ("linear", osub.svd(5))),
+        *(
+            pytest.param(s, osub.history_pca(), marks=pytest.mark.slow)
+            for s in (jnp.bfloat16, "dynamic", "linear", jnp.float8_e4m3fn)
+        ),
+    ],
 )
-@pytest.mark.parametrize("rule", [osub.svd(5), osub.history_pca()])
-def test_bases_in_few_bits(rule, storage):
+def test_bases_in_few_bits(storage, rule):
     make = lambda dtype: osub.scale_by_subspace(
         optax.scale_by_adam(), rank=16, projector=rule, projector_dtype=dtype
     )

@@ -384,7 +384,7 @@ def test_moments_of_a_follower_that_begins_anew_turn_too(rule):
     np.testing.assert_allclose(norm, 0.1 * np.linalg.norm(inside), rtol=0.1)
 
 
-@pytest.mark.parametrize("moments", ["keep", "project"])
+@pytest.mark.parametrize("moments", [pytest.param("keep", marks=pytest.mark.slow), "project"])
 def test_gradients_of_another_dtype_than_the_parameters(moments):
     with jax.enable_x64(True):
         for weight, gradient in (("float64", "float32"), ("float32", "float64")):
