@@ -33,7 +33,6 @@ RATE = 1e-3
 def methods(rank: int) -> dict[str, optax.GradientTransformation]:
     """The optimizers of the table."""
     rules = llama.subspace_rules()
-    # An exact decomposition for the first basis would be most of the compilation.
     eight_bits: dict[str, Any] = {"rules": rules, "projector_dtype": "bfloat16"}
     return {
         "AdamW": optax.adamw(RATE),
@@ -45,6 +44,7 @@ def methods(rank: int) -> dict[str, optax.GradientTransformation]:
         "OSD-8bit": osub.online_subspace_adamw8bit(
             RATE,
             rank,
+            # (An exact decomposition for the first basis would be most of the compilation.)
             projector=osub.history_pca(first=osub.subspace_iteration()),
             moments="project",
             **eight_bits,

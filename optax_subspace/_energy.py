@@ -12,7 +12,7 @@ import optax
 from optax_subspace._blocks import dequantize, without_variables
 from optax_subspace._describe import recorded
 from optax_subspace._hamiltonian import HamiltonianState, weights_of
-from optax_subspace._kinetic import Kinetic
+from optax_subspace._kinetic import Kinetic, slope_of
 from optax_subspace._layerwise import FusedState
 from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._projection import compute_dtype
@@ -204,7 +204,7 @@ def _leaf_energies(
     projected: set[str],
     found: list[str],
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    slope = jax.grad(kinetic.energy) if kinetic.gradient is None else kinetic.gradient
+    slope = slope_of(kinetic)
     means = jax.tree_util.tree_leaves_with_path(dequantize(node.mu))
     squares: list[Any] = [None] * len(means)
     if kinetic.squares is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_subspace._describe import record
-from optax_subspace._kinetic import Kinetic
+from optax_subspace._kinetic import Kinetic, slope_of
 from optax_subspace._leaves import path_name
 from optax_subspace._projection import compute_dtype
 
@@ -82,7 +82,7 @@ def scale_by_hamiltonian_descent(
         optional = name != "damping" and value is None
         if not (optional or isinstance(value, jax.Array) or 0 < value <= 1):
             raise ValueError(f"{name} must be within (0, 1], got {value}")
-    slope = jax.grad(kinetic.energy) if kinetic.gradient is None else kinetic.gradient
+    slope = slope_of(kinetic)
 
     def init_fn(params):
         record([kinetic])

@@ -63,6 +63,11 @@ class Kinetic(NamedTuple):
     bias_correction: bool = False
 
 
+def slope_of(kinetic: Kinetic) -> Callable[..., jax.Array]:
+    """The gradient of a kinetic energy, derived where none is given."""
+    return jax.grad(kinetic.energy) if kinetic.gradient is None else kinetic.gradient
+
+
 def _once(function: Callable[..., Kinetic]) -> Callable[..., Kinetic]:
     """The same kinetic energy for the same numbers, so that two of them are equal."""
     made = functools.cache(function)
