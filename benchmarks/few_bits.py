@@ -61,12 +61,12 @@ def run(variant: Variant, steps: int, seed: int) -> float:
     optimizer, train = make(config.optimizer, steps), config.train
     state = init_state(config.model, optimizer, jax.random.key(seed), train.int8_weights)
     step = make_train_step(config.model, optimizer, seed if train.stochastic_rounding else None)
-    windows = batches.training(data, train.batch_size, train.sequence_length, seed)
+    stream = batches.training(data, train.batch_size, train.sequence_length, seed)
     for _ in range(steps):
-        state, _ = step(state, next(windows))
+        state, _ = step(state, next(stream))
     evaluate, total, count = make_eval_step(config.model), 0.0, 0.0
     for batch in batches.held_out(data).batches(train.batch_size, train.sequence_length, 40):
-        nats, tokens = evaluate(state.params, *batch)
+        nats, tokens = evaluate(state.params, batch)
         total, count = total + float(nats), count + float(tokens)
     return total / count
 

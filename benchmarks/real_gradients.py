@@ -55,12 +55,12 @@ def run(
     params = llama.init_params(model, jax.random.key(seed))
     definition, state = llama.graphdef(model), tx.init(params)
 
-    def loss_of(params, windows):
-        return llama.merge(definition, params).loss(windows[:, :-1], windows[:, 1:])[0]
+    def loss_of(params, batch):
+        return llama.merge(definition, params).loss(batch.inputs, batch.targets)[0]
 
     @jax.jit
-    def step(params, state, windows):
-        loss, gradients = jax.value_and_grad(loss_of)(params, windows)
+    def step(params, state, batch):
+        loss, gradients = jax.value_and_grad(loss_of)(params, batch)
         gradients, _ = clip.update(gradients, clip.init(params))
         metrics = osub.subspace_metrics(tx, state, gradients).values()
         mean = lambda field: jnp.mean(jnp.stack([jnp.mean(getattr(m, field)) for m in metrics]))
@@ -68,15 +68,15 @@ def run(
         watched = jnp.stack([mean("captured_energy"), mean("drift"), loss])
         return optax.apply_updates(params, updates), state, watched
 
-    windows = batches.training(data, config.train.batch_size, config.train.sequence_length, seed)
+    stream = batches.training(data, config.train.batch_size, config.train.sequence_length, seed)
     rows = []
     for _ in range(steps):
-        params, state, watched = step(params, state, jnp.asarray(next(windows)))
+        params, state, watched = step(params, state, next(stream))
         rows.append(np.asarray(watched))
     held_out = batches.held_out(data)
     score = jax.jit(lambda p, *b: llama.merge(definition, p).loss(*b))
     losses = [
-        score(params, *batch)[0]
+        score(params, *batch[:3])[0]
         for batch in held_out.batches(config.train.batch_size, config.train.sequence_length, 20)
     ]
     second = np.stack(rows[steps // 2 :])

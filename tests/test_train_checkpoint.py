@@ -17,7 +17,7 @@ import pytest
 from models import llama
 from models.config import PRESETS
 from optax_subspace import dequantize
-from tests.train_helpers import ROOT, TINY, finish, start, write_text
+from tests.train_helpers import ROOT, TINY, batch_shapes, finish, pair, start, write_text
 from train import cache, memory, optimizer, records, step
 from train.checkpoint import Checkpoints, fingerprint
 from train.config import DEFAULT_LEARNING_RATE, Config, OptimizerConfig, resolve
@@ -274,8 +274,8 @@ def test_memory_by_hand():
     size = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
     size["vocab_size"] = 100
     config, tx, shapes = state_shapes("galore", **size)
-    windows = jax.ShapeDtypeStruct((4, 17), jnp.int32)
-    predicted = memory.predict(shapes, windows, step.make_loss(config, tx))
+    batch = batch_shapes(4, 16)
+    predicted = memory.predict(shapes, batch, step.make_loss(config, tx))
     d, f, v, layers, r = 32, 48, 100, 2, 8
     kernels = layers * (4 * d * d + 3 * d * f)
     others = 2 * v * d + layers * 2 * d + d
@@ -287,15 +287,15 @@ def test_memory_by_hand():
     low = layers * (4 * d * r + 3 * f * r)
     exact = 4 * bases + 8 * (low + others)
     assert 0 <= predicted.optimizer_state - exact < 400  # counters
-    assert predicted.batch == 4 * 17 * 4 + 4
-    compiled = step.make_train_step(config, tx).lower(shapes, windows).compile()
+    assert predicted.batch == 2 * 4 * 16 * 4 + 4
+    compiled = step.make_train_step(config, tx).lower(shapes, batch).compile()
     measured = memory.measure(compiled, shapes)
     assert measured.weights == predicted.weights
     assert measured.optimizer_state == pytest.approx(predicted.optimizer_state, rel=0.02)
     assert measured.batch == pytest.approx(predicted.batch, abs=64)
     assert measured.arguments == pytest.approx(predicted.arguments, rel=0.02)
     # The state is donated: all of it is updated in place.
-    state_bytes = predicted.arguments - 4 * 17 * 4
+    state_bytes = predicted.arguments - 2 * 4 * 16 * 4
     assert measured.shared == pytest.approx(state_bytes, rel=0.02)
     assert measured.temporaries > 0 and measured.total < 10 * predicted.arguments
 
@@ -304,10 +304,10 @@ def test_activations_by_hand():
     """Two products and a tanh keep the input of each product and the tanh's own output."""
     params = {"a": jax.ShapeDtypeStruct((5, 7), jnp.float32)}
     params["b"] = jax.ShapeDtypeStruct((7, 3), jnp.float32)
-    windows = jax.ShapeDtypeStruct((11, 5), jnp.float32)
+    inputs = jax.ShapeDtypeStruct((11, 5), jnp.float32)
     state = step.State(jax.ShapeDtypeStruct([], jnp.int32), params, ())
     loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["a"]) @ params["b"])
-    found = memory.predict(state, windows, loss).activations
+    found = memory.predict(state, inputs, loss).activations
     # tanh's output y (11, 7), and its derivative's factors in the same shape.
     assert 11 * 7 * 4 <= found <= 3 * 11 * 7 * 4
 
@@ -315,20 +315,20 @@ def test_activations_by_hand():
 def test_predicted_temporaries_are_near_the_compilers():
     """At a size where activations are most of them; recomputing blocks keeps fewer."""
     config, tx, shapes = state_shapes("galore", num_layers=3)
-    windows = jax.ShapeDtypeStruct((8, 129), jnp.int32)
-    predicted = memory.predict(shapes, windows, step.make_loss(config, tx))
-    compiled = step.make_train_step(config, tx).lower(shapes, windows).compile()
+    batch = batch_shapes(8, 128)
+    predicted = memory.predict(shapes, batch, step.make_loss(config, tx))
+    compiled = step.make_train_step(config, tx).lower(shapes, batch).compile()
     measured = memory.measure(compiled, shapes)
     assert predicted.temporaries == pytest.approx(measured.temporaries, rel=0.15)
     rematerialised = step.make_loss(dataclasses.replace(config, remat=True), tx)
-    fewer = memory.predict(shapes, windows, rematerialised)
+    fewer = memory.predict(shapes, batch, rematerialised)
     assert fewer.activations < predicted.activations / 4
 
 
 def test_memory_of_adamw_is_adamws():
     config, tx, shapes = state_shapes("adamw", num_layers=1)
-    windows = jax.ShapeDtypeStruct((1, 3), jnp.int32)
-    predicted = memory.predict(shapes, windows, step.make_loss(config, tx))
+    batch = batch_shapes(1, 2)
+    predicted = memory.predict(shapes, batch, step.make_loss(config, tx))
     assert predicted.optimizer_state == predicted.adamw_state
 
 
@@ -374,7 +374,7 @@ def test_every_parameter_moves(name, few_bits):
     windows = jax.random.randint(jax.random.key(1), (2, 9), 0, 50)
     losses = []
     for _ in range(10):
-        state, metrics = train_step(state, windows)
+        state, metrics = train_step(state, pair(windows))
         losses.append(float(metrics.loss))
     assert losses[-1] < losses[0] and int(state.step) == 10
     after = dequantize(state.params)

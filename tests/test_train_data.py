@@ -139,9 +139,10 @@ def test_batches_are_a_function_of_seed_and_position(data):
     same = batches.training(data, 3, 16, seed=0)
     other = batches.training(data, 3, 16, seed=1)
     rows = [next(first) for _ in range(30)]
-    assert rows[0].shape == (3, 17) and rows[0].dtype == np.int32
-    assert all(np.array_equal(row, next(same)) for row in rows)
-    assert not all(np.array_equal(row, next(other)) for row in rows)
+    assert rows[0].inputs.shape == (3, 16) and rows[0].inputs.dtype == np.int32
+    np.testing.assert_array_equal(rows[0].inputs[:, 1:], rows[0].targets[:, :-1])
+    assert all(np.array_equal(row.inputs, next(same).inputs) for row in rows)
+    assert not all(np.array_equal(row.inputs, next(other).inputs) for row in rows)
 
 
 @pytest.mark.parametrize(("batch_size", "length"), [(3, 16), (2, 700), (8, 64)])
@@ -156,13 +157,13 @@ def test_every_position_is_restored(data, batch_size, length):
         restored = batches.training(data, batch_size, length, 0)
         restored.set_state(json.loads(positions[index]))
         for row in rows[index : index + 4]:
-            np.testing.assert_array_equal(next(restored), row)
+            np.testing.assert_array_equal(next(restored).targets, row.targets)
 
 
 def test_lanes_join_whole_documents(data):
     """Rows of one lane, joined, are documents with END after each."""
     rows = batches.training(data, batches.LANES, 64, 0)
-    lane = np.concatenate([next(rows)[3] for _ in range(60)])
+    lane = np.concatenate([next(rows).targets[3] for _ in range(60)])
     pieces = np.split(lane, np.flatnonzero(lane == tokenizer.END) + 1)
     decoded = [data.tokenizer.decode(piece) for piece in pieces[:-1]]
     assert decoded and all(text in texts(data.train) for text in decoded)

@@ -10,6 +10,7 @@ import pytest
 from models import llama, lora
 from models.config import LlamaConfig
 from optax_subspace import QuantizedWeight
+from tests.train_helpers import batch_shapes, pair
 from train import memory, step
 from train.config import Config, LoraConfig, OptimizerConfig, resolve
 from train.optimizer import make
@@ -28,7 +29,7 @@ def train(name, fused, adapters=NONE, model=MODEL, int8=False, steps=6):
     run = step.make_train_step(model, optimizer, 0, layerwise)
     state = jax.tree.map(jnp.copy, before)
     for windows in WINDOWS[:steps]:
-        state, metrics = run(state, windows)
+        state, metrics = run(state, pair(windows))
     return before, state, metrics, optimizer
 
 
@@ -100,7 +101,7 @@ def test_a_model_with_new_adapters_is_the_model_itself_and_merging_keeps_it():
 
 def test_predicted_memory_of_a_fused_step():
     model = dataclasses.replace(MODEL, num_layers=8, remat=True, hidden_size=64)
-    windows = jax.ShapeDtypeStruct((8, 65), jnp.int32)
+    batch = batch_shapes(8, 64)
     options = resolve(Config(optimizer=OptimizerConfig(name="lomo", clip_norm=None))).optimizer
     found, compiled = {}, {}
     for fused in (True, False):
@@ -112,9 +113,9 @@ def test_predicted_memory_of_a_fused_step():
         )
         parts = llama.pieces(model) if fused else None
         loss = step.make_loss(model, optimizer)
-        found[fused] = memory.predict(state, windows, loss, parts, remat=True)
+        found[fused] = memory.predict(state, batch, loss, parts, remat=True)
         program = step.make_train_step(model, optimizer, None, layerwise)
-        compiled[fused] = memory.measure(program.lower(state, windows).compile(), state)
+        compiled[fused] = memory.measure(program.lower(state, batch).compile(), state)
     # The embedding's is the largest gradient here, or a layer's.
     layer = 4 * (4 * 64 * 64 + 3 * 64 * 48 + 2 * 64)
     assert found[True].gradients == max(layer, 4 * 96 * 64)
@@ -126,7 +127,7 @@ def test_predicted_memory_of_a_fused_step():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_frozen_weights_have_no_gradients_in_the_prediction(fused):
-    windows = jax.ShapeDtypeStruct((2, 17), jnp.int32)
+    batch = batch_shapes(2, 16)
     options = resolve(Config(optimizer=OptimizerConfig(name="lomo"))).optimizer
     optimizer = make(options, 20, fused, LoraConfig(rank=4, only=True))
     layerwise = step.make_fused(MODEL, optimizer) if fused else None
@@ -134,7 +135,7 @@ def test_frozen_weights_have_no_gradients_in_the_prediction(fused):
         lambda key: step.init_state(MODEL, optimizer, key, fused=layerwise), jax.random.key(0)
     )
     loss, parts = step.make_loss(MODEL, optimizer), llama.pieces(MODEL) if fused else None
-    found = memory.predict(state, windows, loss, parts, False, True)
+    found = memory.predict(state, batch, loss, parts, False, True)
     # (32 -> 32 four times, 32 -> 48 twice and back, each through 4, in two layers.)
     adapters = 4 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
     assert found.gradients == (adapters if fused else 2 * adapters)

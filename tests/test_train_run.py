@@ -270,9 +270,9 @@ def test_a_loss_that_is_no_number_stops_the_run(words, tmp_path, capsys, monkeyp
         def memory_analysis(self):
             return self.compiled.memory_analysis()
 
-        def __call__(self, state, windows):
+        def __call__(self, state, batch):
             self.steps += 1
-            state, metrics = self.compiled(state, windows)
+            state, metrics = self.compiled(state, batch)
             bad = metrics.loss * float("nan")
             return state, metrics._replace(loss=bad) if self.steps == 10 else metrics
 

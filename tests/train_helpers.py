@@ -9,6 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
+from train.batches import Batch
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # 40 steps; a checkpoint falls into the middle of a projector's ten steps.
@@ -19,6 +24,17 @@ TINY = [
     *["--train.eval_every", "15", "--train.eval_batches", "2", "--log.print_every", "10"],
     *["--optimizer.rank", "4", "--optimizer.every", "10", "--checkpoint.every", "7"],
 ]
+
+
+def pair(windows: jax.Array) -> Batch:
+    """Windows (B, S + 1) of tokens as a batch."""
+    return Batch(windows[:, :-1], windows[:, 1:])
+
+
+def batch_shapes(batch_size: int, length: int) -> Batch:
+    """The shapes of a batch of packed tokens."""
+    tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    return Batch(tokens, tokens)
 
 
 def write_text(folder: Path, documents: int = 12) -> Path:

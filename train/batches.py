@@ -20,15 +20,16 @@ LANES = 8
 
 
 class Batch(NamedTuple):
-    """Inputs and targets (B, S) int32; `mask` (B, S) float32 is 0 at padding."""
+    """B sequences of S tokens; arrays, tracers or shapes."""
 
-    inputs: np.ndarray
-    targets: np.ndarray
-    mask: np.ndarray
+    inputs: Any  # (B, S) int32
+    targets: Any  # (B, S) int32: the next token of each
+    mask: Any = None  # (B, S) float32: 0 where a target doesn't count; None counts all
+    segments: Any = None  # (B, S) int32: tokens see those of their own number alone; None sees all
 
 
 def training(corpus: Corpus, batch_size: int, sequence_length: int, seed: int) -> Any:
-    """An endless grain iterator of (B, S + 1) int32 windows, with `get_state` and `set_state`."""
+    """An endless grain iterator of `Batch`, with `get_state` and `set_state`."""
     tokenizer = corpus.tokenizer
     order = grain.MapDataset.source(corpus.train).seed(seed).shuffle().repeat()
     tokens = order.map(lambda record: tokenizer.encode(record["text"].decode()))
@@ -40,7 +41,8 @@ def training(corpus: Corpus, batch_size: int, sequence_length: int, seed: int) -
         )
         for lane in range(LANES)
     ]
-    return iter(grain.IterDataset.mix(lanes).batch(batch_size))
+    rows = grain.IterDataset.mix(lanes).batch(batch_size)
+    return iter(rows.map(lambda windows: Batch(windows[:, :-1], windows[:, 1:])))
 
 
 class Windows(grain.IterDataset):

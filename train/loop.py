@@ -52,7 +52,7 @@ def run(command: Command) -> None:
 
     data = corpus.load(config.data)
     held_out = batches.held_out(data)
-    windows = batches.training(
+    stream = batches.training(
         data, config.train.batch_size, config.train.sequence_length, config.train.seed
     )
     is_fused, int8 = config.train.fused_backward, config.train.int8_weights
@@ -70,8 +70,10 @@ def run(command: Command) -> None:
         f"{command.experiment} with {config.optimizer.name}.\n{data.name}.\n"
     )
     report.print_projection(screen, optimizer, jax.eval_shape(dequantize, shapes.params))
-    window_shape = (config.train.batch_size, config.train.sequence_length + 1)
-    batch = jax.ShapeDtypeStruct(window_shape, jnp.int32)
+    tokens = jax.ShapeDtypeStruct(
+        (config.train.batch_size, config.train.sequence_length), jnp.int32
+    )
+    batch = batches.Batch(tokens, tokens)
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
     jitted = make_train_step(config.model, optimizer, seed, fused)
@@ -95,7 +97,7 @@ def run(command: Command) -> None:
         fingerprint(config, data.key, shapes),
         lambda line: screen.say(f"warning: {line}"),
     )
-    state = checkpoints.restore(shapes, windows) if place.resumes else None
+    state = checkpoints.restore(shapes, stream) if place.resumes else None
     if state is not None:
         screen.say(f"Going on in {place.path} after step {int(state.step)}.")
     elif config.resume:
@@ -104,7 +106,7 @@ def run(command: Command) -> None:
         screen.say(f"Writing to {place.path}.")
     trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step)
     try:
-        trainer.train(initial(key) if state is None else state, windows)
+        trainer.train(initial(key) if state is None else state, stream)
     finally:
         screen.stop()
         trainer.close()
@@ -134,7 +136,7 @@ class Trainer:
         self.finite = jax.jit(all_finite)
         self.files: list[records.Records] = []
 
-    def train(self, state: State, windows: Any) -> None:
+    def train(self, state: State, stream: Any) -> None:
         """All steps that are left, the final evaluation and the report."""
         config, done = self.config, int(state.step)
         steps = config.train.steps
@@ -145,7 +147,7 @@ class Trainer:
         late = None  # the metrics of the step before: read while the device does the next one
         with Signals(self._interrupted_again) as signals:
             for step in range(done + 1, steps + 1):
-                batch = next(windows)
+                batch = next(stream)
                 state, metrics = self.train_step(state, batch)
                 self._record(late)
                 late = (step, metrics)
@@ -161,7 +163,7 @@ class Trainer:
                         if saves or signals.received:
                             self._check(step, state)
                             self.metrics.sync()
-                            self.checkpoints.save(step, state, windows)
+                            self.checkpoints.save(step, state, stream)
                 if signals.received and step < steps:
                     raise Interrupted(self._how_to_resume(step), signals.received)
             self.screen.stop()
@@ -256,7 +258,7 @@ class Trainer:
         config = self.config.train
         total, count = 0.0, 0
         for batch in self.held_out.batches(config.batch_size, config.sequence_length, most):
-            nats, tokens = self.eval_step(state.params, *batch)
+            nats, tokens = self.eval_step(state.params, batch)
             # Summed in double precision, in a fixed order.
             total, count = total + float(nats), count + int(tokens)
             if signals is not None and signals.received:

@@ -25,7 +25,7 @@ class Predicted(NamedTuple):
     activations: int  # kept for the backward pass; a block that is recomputed is not counted
     optimizer_state: int
     adamw_state: int  # what full-rank AdamW would keep for the same weights
-    batch: int  # the windows of one step and the step counter
+    batch: int  # the tokens of one step and the step counter
 
     @property
     def arguments(self) -> int:
@@ -66,31 +66,30 @@ class Measured(NamedTuple):
 
 def predict(
     state: State,
-    windows: Any,
+    batch: Any,
     loss_fn: Callable[[Any, Any], Any],
     parts: Pieces | None = None,
     remat: bool = False,
     adapters_only: bool = False,
 ) -> Predicted:
-    """Bytes by part; `state` and `windows` may be shapes only.
+    """Bytes by part; `state` and `batch` may be shapes only.
 
-    `loss_fn` is the function of parameters and windows that the step differentiates. A fused
+    `loss_fn` is the function of parameters and a batch that the step differentiates. A fused
     backward pass takes the model by its `parts`, and keeps of its layers their inputs alone with
     `remat`. If the adapters alone are trained, nothing else has a gradient.
     """
     arrays = jax.eval_shape(dequantize, state.params)
     trained = lora.adapters if adapters_only else lambda tree: tree
     if parts is None:
-        gradients, activations = tree_bytes(trained(arrays)), _saved_bytes(loss_fn, arrays, windows)
+        gradients, activations = tree_bytes(trained(arrays)), _saved_bytes(loss_fn, arrays, batch)
     else:
         layers = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p["layers"]), arrays)
         rest = {name: part for name, part in arrays.items() if name != "layers"}
         gradients = max(tree_bytes(trained(part)) for part in (layers, *rest.values()))
-        x = jax.eval_shape(lambda p, w: parts.embed(p, w[:, :-1]), arrays, windows)
+        x = jax.eval_shape(lambda p, b: parts.embed(p, b.inputs), arrays, batch)
         one = _saved_bytes(lambda layer, x: parts.block(layer, x), layers, x)
-        head = lambda rest, x, targets: parts.loss(rest, x, targets, None)[0]
-        targets = jax.eval_shape(lambda w: w[:, 1:], windows)
-        end = _saved_bytes(lambda part, w: head(part[0], part[1], w), (rest, x), targets)
+        head = lambda part, b: parts.loss(part[0], part[1], b.targets, b.mask)[0]
+        end = _saved_bytes(head, (rest, x), batch)
         count = jax.tree.leaves(arrays["layers"])[0].shape[0]
         # The loss ends before the walk begins, which has one block's at a time.
         activations = count * tree_bytes(x) + max(one, end) if remat else count * one + end
@@ -100,7 +99,7 @@ def predict(
         activations=activations,
         optimizer_state=tree_bytes(state.opt_state),
         adamw_state=tree_bytes(jax.eval_shape(_ADAMW.init, arrays)),
-        batch=tree_bytes((windows, state.step)),
+        batch=tree_bytes((batch, state.step)),
     )
 
 
@@ -127,11 +126,11 @@ def measure(compiled: Any, state: State) -> Measured | None:
     )
 
 
-def _saved_bytes(loss_fn: Callable[[Any, Any], Any], params: Any, windows: Any) -> int:
+def _saved_bytes(loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> int:
     """Bytes of all that `jax.vjp` of the loss keeps, the parameters and the batch apart."""
     traced = jax.make_jaxpr(
-        lambda params, windows: jax.vjp(lambda params: loss_fn(params, windows), params)
-    )(params, windows).jaxpr
+        lambda params, batch: jax.vjp(lambda params: loss_fn(params, batch), params)
+    )(params, batch).jaxpr
     saved = {out for out in traced.outvars if isinstance(out, Var)} - set(traced.invars)
     return tree_bytes([out.aval for out in saved])
 

@@ -20,6 +20,7 @@ from optax_subspace import (
     quantize_weights,
     subspace_metrics,
 )
+from train.batches import Batch
 from train.optimizer import Optimizer
 
 
@@ -69,9 +70,9 @@ def make_fused(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None
     """The model's parts and the optimizer in a fused backward pass."""
     parts, trained = llama.pieces(model), _trained(optimizer)
     return fused_backward(
-        lambda rest, windows: parts.embed(trained(rest), windows[:, :-1]),
+        lambda rest, batch: parts.embed(trained(rest), batch.inputs),
         lambda layer, x: parts.block(trained(layer), x),
-        lambda rest, x, windows: parts.loss(trained(rest), x, windows[:, 1:], None)[0],
+        lambda rest, x, batch: parts.loss(trained(rest), x, batch.targets, batch.mask)[0],
         optimizer.tx,
         clip_norm=optimizer.clip_norm,
         grad_norm=True,
@@ -81,11 +82,11 @@ def make_fused(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None
     )
 
 
-def make_loss(model: LlamaConfig, optimizer: Optimizer) -> Callable[[Any, jax.Array], jax.Array]:
-    """A function of parameters and windows (B, S + 1): mean nats a token, ()."""
+def make_loss(model: LlamaConfig, optimizer: Optimizer) -> Callable[[Any, Batch], jax.Array]:
+    """A function of parameters and a batch: mean nats a token, ()."""
     definition, trained = llama.graphdef(model), _trained(optimizer)
-    return lambda params, windows: llama.merge(definition, trained(params)).loss(
-        windows[:, :-1], windows[:, 1:]
+    return lambda params, batch: llama.merge(definition, trained(params)).loss(
+        batch.inputs, batch.targets, batch.mask
     )[0]
 
 
@@ -100,22 +101,22 @@ def make_train_step(
     seed: int | None = None,
     fused: FusedStep | None = None,
 ) -> Any:
-    """A jitted function of the state, which is donated, and of windows (B, S + 1) int32.
+    """A jitted function of the state, which is donated, and of a `Batch`.
 
     With a `seed` weights of few bits are rounded stochastically; a `fused` step has its own.
     """
     loss_fn = make_loss(model, optimizer)
 
-    def fused_train_step(state: State, windows: jax.Array) -> tuple[State, Metrics]:
+    def fused_train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         assert fused is not None
-        params, opt_state, found = fused.step(state.params, state.opt_state, windows)
+        params, opt_state, found = fused.step(state.params, state.opt_state, batch)
         rate = optimizer.schedule(state.step)
         metrics = Metrics(found.loss, found.grad_norm, rate, found.skipped)
         return State(state.step + 1, params, opt_state), metrics
 
-    def train_step(state: State, windows: jax.Array) -> tuple[State, Metrics]:
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         weights = dequantize(state.params)
-        loss, gradients = jax.value_and_grad(loss_fn)(weights, windows)
+        loss, gradients = jax.value_and_grad(loss_fn)(weights, batch)
         updates, opt_state = optimizer.tx.update(gradients, state.opt_state, weights)
         # A function of the step alone, so that a resumed run draws the same.
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
@@ -137,11 +138,11 @@ class SubspaceSummary(NamedTuple):
 
 
 def make_subspace_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
-    """A jitted function of the state and of windows (B, S + 1), whose gradient is measured."""
+    """A jitted function of the state and of a batch, whose gradient is measured."""
     loss_fn = make_loss(model, optimizer)
 
-    def subspace_step(state: State, windows: jax.Array) -> SubspaceSummary:
-        gradients = jax.grad(loss_fn)(dequantize(state.params), windows)
+    def subspace_step(state: State, batch: Batch) -> SubspaceSummary:
+        gradients = jax.grad(loss_fn)(dequantize(state.params), batch)
         found = subspace_metrics(optimizer.tx, state.opt_state, gradients).values()
         if not found:
             return SubspaceSummary(*jnp.zeros(4))
@@ -168,13 +169,12 @@ def make_hamiltonian_step(optimizer: Optimizer) -> Any:
 
 
 def make_eval_step(model: LlamaConfig) -> Any:
-    """A jitted function of parameters, inputs, targets and mask: total nats, tokens."""
+    """A jitted function of parameters and a batch: total nats, tokens."""
     definition = llama.graphdef(model)
 
-    def eval_step(
-        params: Any, inputs: jax.Array, targets: jax.Array, mask: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        loss, count = llama.merge(definition, dequantize(params)).loss(inputs, targets, mask)
+    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model = llama.merge(definition, dequantize(params))
+        loss, count = model.loss(batch.inputs, batch.targets, batch.mask)
         return loss * count, count
 
     return jax.jit(eval_step)
