@@ -89,11 +89,29 @@ def unmatched_patterns(plans: Iterable[LeafPlan], rules: Rules | None) -> list[s
     return [r.pattern for r, _ in compile_rules(rules) if not any(r.search(p) for p in paths)]
 
 
+def shadowed_patterns(plans: Iterable[LeafPlan], rules: Rules | None) -> list[str]:
+    """The patterns with a spec that match leaves, all of which earlier rules have taken."""
+    compiled = compile_rules(rules)
+    matched, first = set(), set()
+    for leaf in plans:
+        numbers = [i for i, (pattern, _) in enumerate(compiled) if pattern.search(leaf.path)]
+        matched.update(numbers)
+        first.update(numbers[:1])
+    return [compiled[i][0].pattern for i in sorted(matched - first) if compiled[i][1] is not None]
+
+
 def warn_about_rules(plans: Sequence[LeafPlan], rules: Rules | None) -> None:
-    """Warns of a pattern that matches nothing and of many parameters that lack a rule."""
+    """Warns of a pattern that matches nothing or comes too late, and of parameters without one."""
     for pattern in unmatched_patterns(plans, rules) if plans else ():
         warnings.warn(
             f"the rule {pattern!r} matches no parameter; paths look like {plans[0].path!r}",
+            UserWarning,
+            stacklevel=4,
+        )
+    for pattern in shadowed_patterns(plans, rules):
+        warnings.warn(
+            f"the rule {pattern!r} has no effect: earlier rules match all of its parameters, and "
+            "the first match counts; put it before them",
             UserWarning,
             stacklevel=4,
         )

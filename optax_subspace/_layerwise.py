@@ -163,7 +163,7 @@ def fused_backward(
     def init_part(params: Any) -> Any:
         with warnings.catch_warnings():
             # Rules for other parts match nothing here; the whole tree was looked at before.
-            warnings.filterwarnings("ignore", "the rule .* matches no parameter", UserWarning)
+            warnings.filterwarnings("ignore", "the rule .* (matches no|has no effect)", UserWarning)
             return tx.init(params)
 
     def init(params: Any) -> FusedState:

@@ -148,12 +148,19 @@ def test_warnings_name_the_rule_to_add():
     unmatched = osub.scale_by_subspace(optax.scale_by_adam(), rank=4, rules=[("layers/q", None)])
     with pytest.warns(UserWarning, match="'layers/q' matches no parameter"):
         unmatched.init({"w": jnp.ones((20, 12))})
+    late = [("w", MatrixSpec()), ("w/a", MatrixSpec(rank=2))]
+    shadowed = osub.scale_by_subspace(optax.scale_by_adam(), rank=4, rules=late)
+    with pytest.warns(UserWarning, match="'w/a' has no effect: earlier rules match"):
+        shadowed.init({"w": {"a": jnp.ones((20, 12)), "b": jnp.ones((20, 12))}})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tx.init({"stack": jnp.ones((3, 4, 4)), "w": jnp.ones((100, 120))})  # below a tenth
         rules = [("stack", None)]
         tx = osub.scale_by_subspace(optax.scale_by_adam(), rank=4, rules=rules)
         tx.init({"stack": jnp.ones((3, 20, 12))})
+        catch_all = [("w", MatrixSpec()), (".*", None)]
+        tx = osub.scale_by_subspace(optax.scale_by_adam(), rank=4, rules=catch_all)
+        tx.init({"w": jnp.ones((20, 12))})
 
 
 def test_describe_twice_tells_the_same():
