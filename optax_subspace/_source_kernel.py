@@ -100,6 +100,12 @@ class SourceKernel:
             raise self._unknown("x @ kernel, whose reduction axis is 0 and output axis 1")
         return source_dot_general(x, self, (((x.ndim - 1,), (0,)), ((), ())))
 
+    def __getitem__(self, index: Any) -> SourceKernel:
+        """``kernel[...]``, as NNX reads its variables; any other part has no gradient here."""
+        if index is not Ellipsis:
+            raise self._unknown(f"its part kernel[{index!r}]")
+        return self
+
     def _unknown(self, what: str) -> TypeError:
         return TypeError(
             f"parameter {self.how.path} of shape {self.shape} (reduction axes "
@@ -170,19 +176,21 @@ def source_dot_general(
     return out.transpose(*range(len(free)), *(len(free) + i for i in order))
 
 
-def source_promote_dtype(args: Any, /, *, dtype: Any = None, inexact: bool = True) -> list[Any]:
+def source_promote_dtype(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:
     """Flax's ``promote_dtype`` that also takes a kernel that is projected at the source.
 
     Args:
-      args: arrays, kernels and None.
+      *args: arrays, kernels and None, one by one as Linen gives them, or as one tuple as NNX does.
       dtype: what they are cast to; by default the dtype that they have in common.
       inexact: make integers floating-point.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> [x.dtype.name for x in source_promote_dtype((jnp.ones(2), jnp.ones(2, jnp.bfloat16)))]
+      >>> [x.dtype.name for x in source_promote_dtype(jnp.ones(2), jnp.ones(2, jnp.bfloat16))]
       ['float32', 'float32']
     """
+    if len(args) == 1 and isinstance(args[0], tuple | list):
+        args = tuple(args[0])
     if dtype is None:
         dtype = jnp.result_type(*(x.dtype for x in args if x is not None))
         if inexact and not jnp.issubdtype(dtype, jnp.inexact):

@@ -1,6 +1,10 @@
 """Projection at the source equals projecting afterwards, and forms no gradient."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -13,6 +17,7 @@ from flax import nnx
 import optax_subspace as osub
 from optax_subspace import MatrixSpec
 from optax_subspace._source import AtSource
+from tests.train_helpers import ROOT
 
 RULES = [("layers/", MatrixSpec(-2, -1)), ("experts", MatrixSpec(-2, -1)), ("in|out", None)]
 PROJECTORS = {
@@ -284,6 +289,7 @@ def test_what_would_lose_its_gradient_is_refused():
     for fun in (
         lambda p, x: jnp.sum(x @ p["a"].reshape(12, 20)),
         lambda p, x: jnp.sum(p["a"].T @ x.T),
+        lambda p, x: jnp.sum(x[:, :6] @ p["a"][:6]),
         lambda p, x: jnp.sum(
             osub.source_dot_general(x, p["a"], (((0,), (1,)), ((), ())))  # the other axis
         ),
@@ -351,3 +357,76 @@ def test_fused_steps_at_the_source(name):
     assert float(metrics.skipped) == 0
     with pytest.raises(ValueError, match="at_source=True .*remat=False"):
         osub.fused_backward(*parts, tx, at_source=True, remat=False)
+
+
+PARALLEL = r"""
+import json, re
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import optax_subspace as osub
+
+mesh = Mesh(np.array(jax.devices()).reshape(8), ("data",))
+put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+rules = [("layers/", osub.MatrixSpec(-2, -1)), ("head", None)]
+# (Adam would blow up the rounding of directions that these gradients do not have.)
+tx = osub.galore(
+    1e-3, 8, projector=osub.subspace_iteration(), rules=rules, side="left", inner=optax.trace(0.9)
+)
+keys = jax.random.split(jax.random.key(0), 4)
+params = {
+    "layers": {
+        "up": jax.random.normal(keys[0], (3, 64, 96)) / 8,
+        "down": jax.random.normal(keys[1], (3, 96, 64)) / 10,
+    },
+    "head": jax.random.normal(keys[2], (64, 5)),
+}
+def loss(params, x):
+    def block(x, layer):
+        return x + jnp.tanh(x @ layer["up"]) @ layer["down"], None
+    x, _ = jax.lax.scan(block, x, params["layers"])
+    return jnp.mean((x @ params["head"]) ** 2)
+def make(refresh):
+    grad = osub.subspace_value_and_grad(loss, tx, refresh=refresh)
+    def step(params, state, x):
+        value, gradients, source = grad(params, state, x)
+        updates, state = tx.update(gradients, state, params, source=source)
+        return optax.apply_updates(params, updates), state, value
+    return jax.jit(step)
+x = jax.random.normal(keys[3], (6, 32, 64))
+found = []
+for split in (True, False):
+    place = (lambda t, s: put(t, s)) if split else (lambda t, s: t)
+    now, batches = place(params, P()), [place(part, P("data")) for part in x]
+    state, values = place(tx.init(params), P()), []
+    for i, batch in enumerate(batches):
+        now, state, value = make(i == 0)(now, state, batch)
+        values.append(float(value))
+    found.append(values)
+now, state = put(params, P()), put(tx.init(params), P())
+text = make(False).lower(now, state, put(x[0], P("data"))).compile().as_text()
+moved = [
+    int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
+    for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)
+    for dims in re.findall(r"\w+\[([\d,]*)\]", line.split(" all-reduce")[0].split(" = ")[1])
+]
+others = [k for k in ("all-gather(", "all-to-all(", "collective-permute(") if k in text]
+print(json.dumps({"values": found, "moved": moved, "others": others}))
+"""
+
+
+def test_only_low_rank_gradients_cross_devices():
+    """Eight devices: the losses of one; the all-reduces are of R and of what isn't projected."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    run = subprocess.run(
+        [sys.executable, "-c", PARALLEL], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    np.testing.assert_allclose(*found["values"], rtol=1e-5)
+    assert not found["others"]
+    # The scan's body, which runs three times, reduces one layer's R: 8 rows in place of 64 or 96.
+    low = 8 * 96 + 8 * 64
+    head, loss = 64 * 5, 1
+    assert low in (sum(found["moved"]) - head - loss, sum(found["moved"]) - head - 2 * loss)
+    full = 64 * 96 + 96 * 64
+    assert low <= 1.1 * (8 / 64) * full
