@@ -32,6 +32,7 @@ from optax_subspace._leaves import LeafPlan, MatrixSpec
 from optax_subspace._lomo import adalomo, lomo
 from optax_subspace._metrics import SubspaceMetrics, subspace_metrics
 from optax_subspace._plan import plan
+from optax_subspace._projected import Projected, SourceBasis
 from optax_subspace._projection_state import LeafBasis, ProjectionState
 from optax_subspace._projectors import (
     Projector,
@@ -48,6 +49,8 @@ from optax_subspace._projectors import (
 from optax_subspace._quantize import QuantizedState, quantize_state
 from optax_subspace._rounding import QuantizedWeight, apply_updates, quantize_weights
 from optax_subspace._sharding import state_shardings
+from optax_subspace._source import steps_to_refresh, subspace_value_and_grad
+from optax_subspace._source_kernel import source_dot_general, source_promote_dtype
 from optax_subspace._subspace import SubspaceState, scale_by_subspace
 
 __version__ = "0.1.0"
@@ -66,11 +69,13 @@ __all__ = [
     "LeafPlan",
     "LossScale",
     "MatrixSpec",
+    "Projected",
     "ProjectionState",
     "Projector",
     "Quantized",
     "QuantizedState",
     "QuantizedWeight",
+    "SourceBasis",
     "SubspaceMetrics",
     "SubspaceState",
     "adalomo",
@@ -105,10 +110,14 @@ __all__ = [
     "scale_by_hamiltonian_descent",
     "scale_by_lion",
     "scale_by_subspace",
+    "source_dot_general",
+    "source_promote_dtype",
     "state_shardings",
+    "steps_to_refresh",
     "subspace_iteration",
     "subspace_metrics",
     "subspace_project",
+    "subspace_value_and_grad",
     "svd",
     "tied_rate",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from optax_subspace._describe import record, warn_about_rules
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan, Rules, check_side
 from optax_subspace._plan import plan as plan_tree
+from optax_subspace._projected import SourceBasis, found_at_source, is_projected
 from optax_subspace._projection import compute_dtype, project, to_matrices
 from optax_subspace._projection_state import (
     LeafBasis,
@@ -27,7 +28,15 @@ from optax_subspace._projection_state import (
 )
 from optax_subspace._projectors import Projector, svd
 from optax_subspace._projectors._base import check_count, key_of
-from optax_subspace._refresh import Turn, follow, joined, refresh
+from optax_subspace._refresh import (
+    Refreshed,
+    Turn,
+    adopt,
+    follow,
+    follow_product,
+    joined,
+    refresh,
+)
 
 MOMENTS = ("keep", "project", "reset")
 
@@ -36,6 +45,13 @@ _NEVER = np.iinfo(np.int32).max
 _LOST = 0.1
 # The name of the function below in traced programs.
 IN_TURN = "in_turn"
+
+
+class Initialised(NamedTuple):
+    """A projection and the plans that it was initialised with, as recorded for the source."""
+
+    subspace: Subspace
+    plans: list[LeafPlan]
 
 
 class Subspace:
@@ -90,7 +106,7 @@ class Subspace:
         """Bases of zeros: the first gradient gives the first basis. Only shapes are read."""
         plans = self.plan(params)
         warn_about_rules(plans, self.rules)
-        record(plans)
+        record([Initialised(self, plans), *plans])
         zero = jnp.zeros([], jnp.int32)
         if not plans:
             # optax.tree_map_params initialises on a tree without leaves and wants each field to
@@ -135,10 +151,17 @@ class Subspace:
         )
 
     def project(
-        self, updates: optax.Updates, state: ProjectionState
+        self, updates: optax.Updates, state: ProjectionState, source: Any = None
     ) -> tuple[list[LowRankUpdate], ProjectionState]:
-        """Refreshes the bases that are due and projects every leaf, in the order of the leaves."""
-        plans = self.plan(updates)
+        """Refreshes the bases that are due and projects every leaf, in the order of the leaves.
+
+        Leaves may be :class:`Projected`, with what the backward pass found for their bases in
+        ``source``, by path.
+        """
+        structure: Any
+        leaves_in, structure = jax.tree.flatten(updates, is_leaf=is_projected)
+        full = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_projected(x) else x for x in leaves_in]
+        plans = self.plan(structure.unflatten(full))
         steps = optax.safe_increment(state.steps)
         if not plans:
             return [], state._replace(steps=steps)
@@ -151,18 +174,27 @@ class Subspace:
         step = state.steps // self.accumulate
         leaves, skipped, accumulated, handed = {}, {}, {}, []
         low_before = None
-        for plan, leaf in zip(plans, map(jnp.asarray, jax.tree.leaves(updates)), strict=True):
-            low = leaf.astype(compute_dtype(leaf.dtype))
-            old = state.leaves.get(plan.path)
-            if old is not None:
+        for plan, leaf in zip(plans, leaves_in, strict=True):
+            old, offset = state.leaves.get(plan.path), offsets.get(plan.path)
+            found = matrices = None
+            if is_projected(leaf):
+                found = found_at_source(source, plan)
+                assert old is not None  # check_state has seen to it
+                low = jnp.where(jnp.any(found.uses > 1), jnp.nan, leaf.low)
+                basis, before = self._adopt_leaf(plan, old, found, low, offset)
+                bases = tuple(dequantize(b) for b in basis.bases)
+            else:
+                leaf = jnp.asarray(leaf)
+                low = leaf.astype(compute_dtype(leaf.dtype))
+            if old is not None and found is None:
                 matrices = to_matrices(low, plan)
-                basis, before = self._refresh_leaf(
-                    matrices, plan, old, offsets.get(plan.path), first
-                )
+                basis, before = self._refresh_leaf(matrices, plan, old, offset, first)
                 bases = tuple(dequantize(b) for b in basis.bases)
                 if low_before is not None and low_before.size:
                     bases = tuple(in_turn(b, low_before) for b in bases)
-                projected = low = project(matrices, bases, plan)
+                low = project(matrices, bases, plan)
+            projected = low
+            if old is not None:
                 low_before = low
             if last is not None:
                 # A gradient that is not finite makes the sum so, which skips all of it.
@@ -188,8 +220,9 @@ class Subspace:
                 begun = used & ((old.age > 0) | jnp.any(low != 0, axis=(-2, -1)))
                 basis = basis._replace(age=old.age + begun.astype(jnp.int32))
                 moves = begun & (old.age > 0) & (basis.refreshes == old.refreshes)
-                leaves[plan.path], handed_on.after = self._follow_leaf(
-                    matrices, projected, plan, basis, moves
+                follow_one = functools.partial(self._follow_leaf, plan, basis, moves)
+                leaves[plan.path], handed_on.after = follow_one(
+                    found.products if found else None, matrices, projected
                 )
             handed.append(handed_on)
         return handed, ProjectionState(steps, leaves, skipped, accumulated)
@@ -215,11 +248,39 @@ class Subspace:
             lambda: jnp.all(jnp.isfinite(matrices)) & jnp.any(matrices != 0, axis=(-2, -1)),
             lambda: jnp.zeros_like(due),
         )
-        turns, rotate = self.moments != "keep", self.moments == "project"
         sides = [
-            refresh(rule, plan, due, matrices, side, basis, state, rotate)
+            refresh(rule, plan, due, matrices, side, basis, state, self.moments == "project")
             for side, basis, state in zip(plan.sides, old.bases, old.rule, strict=True)
         ]
+        return self._scheduled(plan, old, sides, offset)
+
+    def _adopt_leaf(
+        self,
+        plan: LeafPlan,
+        old: LeafBasis,
+        found: SourceBasis,
+        low: jax.Array,
+        offset: np.ndarray | None,
+    ) -> tuple[LeafBasis, Turn | None]:
+        """As ``_refresh_leaf``, with what a backward pass has found."""
+        done = found.done & jnp.all(jnp.isfinite(low))
+        if not found.bases:
+            found = found._replace(bases=old.bases, rules=old.rule)
+            done = jnp.zeros_like(done)
+        rotate = self.moments == "project"
+        sides = [
+            adopt(plan, done, dequantize(new), new_state, basis, state, rotate)
+            for new, new_state, basis, state in zip(
+                found.bases, found.rules, old.bases, old.rule, strict=True
+            )
+        ]
+        return self._scheduled(plan, old, sides, offset)
+
+    def _scheduled(
+        self, plan: LeafPlan, old: LeafBasis, sides: list[Refreshed], offset: np.ndarray | None
+    ) -> tuple[LeafBasis, Turn | None]:
+        """The sides after a refresh, when the next one is due, and the moments' turn."""
+        rule = plan.projector or self.projector
         done, overlap, turn = joined(sides)
         initial = old.refreshes == 0
         period = old.period
@@ -240,23 +301,31 @@ class Subspace:
             refreshes=old.refreshes + done.astype(jnp.int32),
             drift=jnp.where(done & ~initial, 1 - overlap, old.drift),
         )
-        return new, turn if turns else None
+        return new, turn if self.moments != "keep" else None
 
     def _follow_leaf(
         self,
-        matrices: jax.Array,
-        low: jax.Array,
         plan: LeafPlan,
         basis: LeafBasis,
         moves: jax.Array,
+        products: tuple[jax.Array, ...] | None,
+        matrices: Any,
+        low: jax.Array,
     ) -> tuple[LeafBasis, Turn | None]:
-        """The bases of the next step, for a rule that follows the gradient."""
+        """The bases of the next step, for a rule that follows the gradient.
+
+        It is given by its ``products``, or by the ``matrices`` and their coordinates ``low``.
+        """
         rule = plan.projector or self.projector
         if rule.follow is None:
             return basis, None
-        rotate, alone_shapes = self.moments == "project", plan.basis_shapes
-        sides = []
-        for side, old, state in zip(plan.sides, basis.bases, basis.rule, strict=True):
+        rotate, sides = self.moments == "project", []
+        for i, (side, old, state) in enumerate(
+            zip(plan.sides, basis.bases, basis.rule, strict=True)
+        ):
+            if products is not None:
+                sides.append(follow_product(rule, plan, moves, products[i], old, state, rotate))
+                continue
             alone = dataclasses.replace(plan, sides=(side,))
             coordinates = low if plan.sides == (side,) else project(matrices, (old,), alone)
             sides.append(follow(rule, plan, moves, matrices, side, coordinates, old, state, rotate))
@@ -265,7 +334,7 @@ class Subspace:
         # such a leaf begins anew with the next gradient.
         lost = [
             s.energy < _LOST * shape[-1] / shape[-2]
-            for s, shape in zip(sides, alone_shapes, strict=True)
+            for s, shape in zip(sides, plan.basis_shapes, strict=True)
         ]
         followed = basis._replace(
             bases=tuple(s.basis for s in sides),

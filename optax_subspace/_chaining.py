@@ -20,6 +20,7 @@ import optax
 from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan, Rules
+from optax_subspace._projected import is_projected
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector
 from optax_subspace._subspace import inner_update, low_rank_tree
@@ -82,11 +83,12 @@ def subspace_project(
         _slot.offer = _Offer(leaves, plans, _reference(state.steps))
         return state
 
-    def update_fn(updates, state: ProjectionState, params=None, **extra_args):
+    def update_fn(updates, state: ProjectionState, params=None, *, source=None, **extra_args):
         del params, extra_args
         _slot.offer = None
-        handed, new_state = subspace.project(updates, state)
-        return jax.tree.unflatten(jax.tree.structure(updates), handed), new_state
+        handed, new_state = subspace.project(updates, state, source)
+        structure: Any = jax.tree.structure(updates, is_leaf=is_projected)
+        return structure.unflatten(handed), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -15,6 +15,7 @@ from optax_subspace._dependence import check_leaves_apart
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projectors._base import LAYER_AXIS
 from optax_subspace._rounding import apply_updates
+from optax_subspace._source import AtSource
 from optax_subspace._stack import (
     Stack,
     count_layers,
@@ -92,6 +93,7 @@ def fused_backward(
     grad_norm: bool = False,
     remat: bool = True,
     loss_scale: LossScale | None = None,
+    at_source: bool = False,
     seed: int | None = None,
 ) -> FusedStep:
     r"""Updates inside of the backward pass: no more than one layer's gradient exists at a time.
@@ -128,6 +130,9 @@ def fused_backward(
         is kept, except for what follows from weights alone.
       loss_scale: for float16; a step with a gradient that is not finite changes nothing but the
         scale. This too takes two passes.
+      at_source: project the layers' gradients at the source, as :func:`subspace_value_and_grad`
+        does, whose conditions hold: not even one layer's gradient is formed, but where a basis is
+        due. Norms are then those of the low-rank gradients. Takes ``remat``.
       seed: of the stochastic rounding of weights of few bits; None rounds to nearest.
 
     Returns:
@@ -137,7 +142,7 @@ def fused_backward(
     Raises:
       ValueError: at ``init``, ``tx`` mixes leaves, or keeps a gradient tree as
         ``optax.MultiSteps`` does; the parameters have no such key; the layers' first axes differ;
-        a weight in int8 was not stored layer by layer.
+        a weight in int8 was not stored layer by layer. At once, ``at_source`` without ``remat``.
 
     References:
       Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023, algorithm 1 and section 3.3.
@@ -158,6 +163,11 @@ def fused_backward(
     """
     tx = optax.with_extra_args_support(tx)
     blocks = Stack(block, remat)
+    if at_source and not remat:
+        raise ValueError(
+            "fused_backward: at_source=True computes each block anew in the backward pass: leave "
+            "out remat=False"
+        )
     two_passes = clip_norm is not None or loss_scale is not None
 
     def init_part(params: Any) -> Any:
@@ -204,15 +214,31 @@ def fused_backward(
             add = lambda key, g: jax.tree.map(jnp.add, g, end_gradients[key])
             return {key: add(key, g) if key in at_end else g for key, g in found.items()}
 
-        def walk(stack_of: Any, visit: Any, carry: Any) -> tuple[Any, Any]:
-            """``carry = visit(i, layer, gradients, carry)`` from the last layer to the first."""
+        def gradient(layer: Any, inner: Any, saved: Any, dy: Any) -> tuple[Any, Any, Any]:
+            """A layer's gradients, what was found for its bases, and its input's cotangent."""
+            if not at_source:
+                gradients, dx = blocks.gradient(dequantize(layer), saved, dy)
+                return gradients, None, dx
+            here = AtSource(tx, {layers: dequantize(layer)}, inner, refresh=True)
+            run = lambda probes, rest, x: block(here.merge(probes, rest)[layers], x)
+            *cotangents, dx = jax.vjp(run, here.probes, here.rest, saved)[1](dy)
+            gradients, source = here.collect(*cotangents)
+            return gradients[layers], source, dx
+
+        def walk(parts_of: Any, visit: Any, carry: Any) -> tuple[Any, Any]:
+            """``carry = visit(i, layer, gradients, source, carry)``, the last layer first.
+
+            ``parts_of`` the carry are the stacks of layers and of their states.
+            """
 
             def body(turn, loop):
                 carry, dy = loop
                 i = count - 1 - turn
-                layer = slice_of(stack_of(carry), i)
-                gradients, dx = blocks.gradient(dequantize(layer), slice_of(saved, i), dy)
-                return visit(i, layer, gradients, carry), dx
+                stack, inner = parts_of(carry)
+                layer = slice_of(stack, i)
+                state_now = slice_of(inner, i) if at_source else None
+                found, source, dx = gradient(layer, state_now, slice_of(saved, i), dy)
+                return visit(i, layer, found, source, carry), dx
 
             return jax.lax.fori_loop(0, count, body, (carry, dx))
 
@@ -230,14 +256,17 @@ def fused_backward(
         squared = lambda gradients: optax.tree.norm(wide(gradients), squared=True)
         total = squared(only_end) if two_passes or grad_norm else jnp.float32(0)
         if two_passes:
-            add = lambda i, layer, gradients, total: total + squared(gradients)
-            total, start = walk(lambda _: stack, add, total)
+            add = lambda i, layer, gradients, source, total: total + squared(gradients)
+            total, start = walk(lambda _: (stack, state.layers), add, total)
             total += squared(start_gradients(start))
         # (Else true as well, but no constant: see below.)
         enabled = jnp.isfinite(total) if loss_scale is not None else state.step >= 0
 
-        def update(key: str, number: Any, params: Any, gradients: Any, inner: Any) -> Any:
+        def update(
+            key: str, number: Any, params: Any, gradients: Any, inner: Any, source: Any = None
+        ) -> Any:
             """A part's new weights and state, in which its gradients end."""
+            more = {} if source is None else {"source": source}
             draw = None
             if seed is not None:
                 draw = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -250,7 +279,8 @@ def fused_backward(
                 if clip_layer_norm is not None:
                     norm = optax.tree.norm(gradients)
                     gradients = _scaled_to(gradients, norm, clip_layer_norm)
-                updates, new = tx.update({key: gradients}, inner, {key: dequantize(params)})
+                weights = {key: dequantize(params)}
+                updates, new = tx.update({key: gradients}, inner, weights, **more)
                 new = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, inner)
                 return apply_updates(params, updates[key], key=draw), new
 
@@ -280,9 +310,9 @@ def fused_backward(
                 changed = update(key, numbers[key], rest[key], found, state.rest[key])
                 new[key], states[key] = changed
 
-        def update_layer(i, layer, gradients, carry):
+        def update_layer(i, layer, gradients, source, carry):
             stack, inner, total = carry
-            layer, one = update(layers, i, layer, gradients, slice_of(inner, i))
+            layer, one = update(layers, i, layer, gradients, slice_of(inner, i), source)
             if grad_norm and not two_passes:
                 total += squared(gradients)
             return put_slice(stack, layer, i), put_slice(inner, one, i), total
@@ -291,7 +321,7 @@ def fused_backward(
         # So that the head's gradient, the largest of all, ends before the walk begins.
         dx, new, states = jax.lax.optimization_barrier((dx, new, states))
         (stack, inner, total_now), start = walk(
-            lambda carry: carry[0], update_layer, (stack, state.layers, total)
+            lambda carry: carry[:2], update_layer, (stack, state.layers, total)
         )
         last = start_gradients(start)
         update_rest(last)

@@ -178,14 +178,54 @@ def follow(
         scale = jnp.maximum(jnp.max(jnp.abs(low)), jnp.finfo(matrix.dtype).tiny)
         squared = jnp.sum((matrix / scale) ** 2)
         low = low / scale
+        inside = jnp.sum(low**2)
         product = matrix @ low.T if side == "left" else matrix.T @ low
-        product = product / jnp.where(squared > 0, squared, 1) / scale
+        norm = inside if rule.relative_to == "coordinates" else squared
+        product = product / jnp.where(norm > 0, norm, 1) / scale
         new = checked(step, product, *old)
-        moved = squared > 0
-        energy = jnp.sum(low**2) / jnp.where(moved, squared, 1)
+        moved = norm > 0
+        energy = inside / jnp.where(squared > 0, squared, 1)
         return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
 
     return in_slices(plan, moves, move, (matrices, coordinates), (basis, state), rotate)
+
+
+def follow_product(
+    rule: Projector,
+    plan: LeafPlan,
+    moves: jax.Array,
+    product: jax.Array,
+    basis: Any,
+    state: Any,
+    rotate: bool,
+) -> Refreshed:
+    """One step of ``rule.follow`` with the ``product`` ``(*batch, m, r)`` that the source gave."""
+    assert rule.follow is not None
+    step = rule.follow
+
+    def move(product, old):
+        new, moved = checked(step, product, *old), jnp.any(product != 0)
+        return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, 1.0
+
+    return in_slices(plan, moves, move, product, (basis, state), rotate)
+
+
+def adopt(
+    plan: LeafPlan,
+    done: jax.Array,
+    found: jax.Array,
+    found_state: Any,
+    basis: Any,
+    state: Any,
+    rotate: bool,
+) -> Refreshed:
+    """The basis ``found`` in a backward pass, and the rule's state with it, where ``done``."""
+
+    def take(arrays, old):
+        state, basis = arrays
+        return checked(lambda new, *_: (new, state), basis, *old), True, 1.0
+
+    return in_slices(plan, done, take, (found_state, found), (basis, state), rotate)
 
 
 def in_slices(

@@ -13,6 +13,7 @@ from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._inner_state import keep_skipped, turn_moments
 from optax_subspace._leaves import LeafPlan, Rules
+from optax_subspace._projected import is_projected
 from optax_subspace._projection import compute_dtype, from_matrices, lift, project, to_matrices
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector
@@ -188,9 +189,9 @@ def scale_by_subspace(
         projection, plans = subspace.init(params)
         return SubspaceState(projection, inner.init(low_rank_tree(params, plans)))
 
-    def update_fn(updates, state, params=None, **extra_args):
-        handed, projection = subspace.project(updates, state.projection)
-        structure: Any = jax.tree.structure(updates)
+    def update_fn(updates, state, params=None, *, source=None, **extra_args):
+        handed, projection = subspace.project(updates, state.projection, source)
+        structure: Any = jax.tree.structure(updates, is_leaf=is_projected)
         full, inner_state = inner_update(inner, handed, structure, state.inner, params, extra_args)
         return structure.unflatten(full), SubspaceState(projection, inner_state)
 

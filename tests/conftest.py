@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # As in the trainer: LAPACK's threads would spin beside those of XLA.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Most of the time goes to compiling small programs once each.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+RELATIVE_TO = ("gradient", "coordinates")
+
 
 class Projector(NamedTuple):
     """A rule that finds the basis of one matrix' gradient, and may follow it from step to step.
@@ -28,6 +30,10 @@ class Projector(NamedTuple):
         ``product = G G^T P / ||G||_F^2`` of shape ``(m, r)``. The basis that it returns serves from
         the next step on, so that each gradient is projected by a basis made from earlier ones, as
         the convergence theorem of Online Subspace Descent asks. None to keep the basis.
+      relative_to: what ``product`` is relative to: ``gradient`` as above, or ``coordinates``,
+        ``||P^T G||_F^2``, which is all that is known where the gradient is projected at the source.
+      matrix_free: ``update`` reads its gradient by ``gradient @ a``, ``gradient.T``, ``a @
+        gradient``, ``shape`` and ``dtype`` alone, so that it need not be formed at the source.
       cosine, longest: see :func:`adaptive_period`, which sets them; None for a constant period.
 
     Example:
@@ -56,6 +62,8 @@ class Projector(NamedTuple):
     update: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
     every: int | None = 1
     follow: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]] | None = None
+    relative_to: str = "gradient"
+    matrix_free: bool = False
     cosine: float | None = None
     longest: int = 1
 
@@ -71,6 +79,15 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_relative_to(rule: str, value: str) -> str:
+    """``value``, which has to be a known one of :class:`Projector`'s ``relative_to``."""
+    if value not in RELATIVE_TO:
+        raise ValueError(
+            f"{rule}: relative_to must be one of {', '.join(RELATIVE_TO)}, got {value!r}"
+        )
+    return value
 
 
 def basis_of(rule: Projector, gradient: jax.Array, basis: jax.Array) -> jax.Array:

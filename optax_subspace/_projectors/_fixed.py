@@ -48,4 +48,4 @@ def fixed(*bases: jax.Array) -> Projector:
     def update(gradient, previous, state):
         return by_length[gradient.shape[0]].astype(gradient.dtype), state
 
-    return Projector(init=init, update=update, every=None)
+    return Projector(init=init, update=update, every=None, matrix_free=True)

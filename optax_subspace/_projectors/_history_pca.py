@@ -5,16 +5,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from optax_subspace._projectors._base import Projector, basis_of
+from optax_subspace._projectors._base import Projector, basis_of, check_relative_to
 from optax_subspace._projectors._svd import svd
 
 
-def history_pca(decay: float = 0.8, *, first: Projector | None = None) -> Projector:
+def history_pca(
+    decay: float = 0.8, *, first: Projector | None = None, relative_to: str = "coordinates"
+) -> Projector:
     r"""Decayed power iteration: a memory of past gradients in ``r`` numbers, and one QR a step.
 
     .. math::
       Q R = \mathrm{qr}\bigl(\gamma P \,\mathrm{diag}(d) + (1 - \gamma) G G^\top P
-          / \lVert G \rVert_F^2\bigr), \qquad P' = Q, \quad d' = |\mathrm{diag} R|
+          / \lVert P^\top G \rVert_F^2\bigr), \qquad P' = Q, \quad d' = |\mathrm{diag} R|
 
     with the signs of ``Q`` such that the diagonal of ``R`` is positive. It has no learning rate,
     stays orthonormal, and is online PCA in the sense of the convergence theorem.
@@ -25,12 +27,15 @@ def history_pca(decay: float = 0.8, *, first: Projector | None = None) -> Projec
       first: rule whose ``update`` gives the first basis, :func:`svd` by default;
         :func:`subspace_iteration` compiles faster for TPUs, and gathers no gradient that is split
         over devices.
+      relative_to: ``coordinates`` divides by :math:`\lVert P^\top G \rVert_F^2`, which is known at
+        the source too (:func:`subspace_value_and_grad`), ``gradient`` by
+        :math:`\lVert G \rVert_F^2`.
 
     Returns:
       A :class:`Projector` whose state is ``d`` of shape ``(r,)``.
 
     Raises:
-      ValueError: ``decay`` outside of ``[0, 1)``.
+      ValueError: ``decay`` outside of ``[0, 1)``, or unknown ``relative_to``.
 
     References:
       Yang, Hsieh and Wang, `History PCA <https://arxiv.org/abs/1802.05447>`_, 2018, algorithm 2.
@@ -47,8 +52,9 @@ def history_pca(decay: float = 0.8, *, first: Projector | None = None) -> Projec
 
     def update(gradient, basis, state):
         basis = basis_of(begin, gradient, basis)
-        gradient = gradient / jnp.linalg.norm(gradient)
-        return basis, jnp.sum((gradient.T @ basis) ** 2, axis=0)
+        coordinates = gradient.T @ basis
+        norm = jnp.linalg.norm(coordinates if relative_to == "coordinates" else gradient)
+        return basis, jnp.sum((coordinates / norm) ** 2, axis=0)
 
     def follow(product, basis, state):
         return positive_qr(decay * basis * state + (1 - decay) * product)
@@ -58,6 +64,8 @@ def history_pca(decay: float = 0.8, *, first: Projector | None = None) -> Projec
         update=update,
         every=None,
         follow=follow,
+        relative_to=check_relative_to("history_pca", relative_to),
+        matrix_free=begin.matrix_free and relative_to == "coordinates",
     )
 
 

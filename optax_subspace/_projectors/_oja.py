@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from optax_subspace._projectors._base import Projector, basis_of
+from optax_subspace._projectors._base import Projector, basis_of, check_relative_to
 from optax_subspace._projectors._history_pca import positive_qr
 from optax_subspace._projectors._svd import svd
 
 
-def oja(step: float = 10.0, *, first: Projector | None = None) -> Projector:
+def oja(
+    step: float = 10.0, *, first: Projector | None = None, relative_to: str = "coordinates"
+) -> Projector:
     r"""Oja's rule with retraction.
 
     .. math::
-      P' = \mathrm{qr}\bigl(P + \eta\, G G^\top P / \lVert G \rVert_F^2\bigr)
+      P' = \mathrm{qr}\bigl(P + \eta\, G G^\top P / \lVert P^\top G \rVert_F^2\bigr)
 
     Args:
       step: :math:`\eta`, free of the gradient's scale.
       first: rule whose ``update`` gives the first basis, :func:`svd` by default;
         :func:`subspace_iteration` compiles faster for TPUs, and gathers no gradient that is split
         over devices.
+      relative_to: ``coordinates`` divides by :math:`\lVert P^\top G \rVert_F^2`, which is known at
+        the source too (:func:`subspace_value_and_grad`), ``gradient`` by
+        :math:`\lVert G \rVert_F^2`.
 
     Returns:
       A :class:`Projector` without state.
 
     Raises:
-      ValueError: ``step`` is not positive.
+      ValueError: ``step`` is not positive, or unknown ``relative_to``.
 
     References:
       Oja, Simplified neuron model as a principal component analyzer, 1982, equation 3.
@@ -46,4 +51,6 @@ def oja(step: float = 10.0, *, first: Projector | None = None) -> Projector:
         update=lambda gradient, basis, state: (basis_of(begin, gradient, basis), state),
         every=None,
         follow=follow,
+        relative_to=check_relative_to("oja", relative_to),
+        matrix_free=begin.matrix_free,
     )

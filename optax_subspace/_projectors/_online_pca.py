@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._projectors._base import Projector, basis_of
+from optax_subspace._projectors._base import Projector, basis_of, check_relative_to
 from optax_subspace._projectors._svd import svd
 
 
@@ -15,6 +15,7 @@ def online_pca(
     orthogonality: float | None = None,
     relative: bool = True,
     first: Projector | None = None,
+    relative_to: str = "coordinates",
 ) -> Projector:
     r"""One step of an optimizer per training step on the reconstruction error of the gradient.
 
@@ -40,12 +41,15 @@ def online_pca(
       first: rule whose ``update`` gives the first basis, :func:`svd` by default;
         :func:`subspace_iteration` compiles faster for TPUs, and gathers no gradient that is split
         over devices.
+      relative_to: ``gradient`` is the loss above; ``coordinates`` divides its first term by
+        :math:`\lVert P^\top G \rVert_F^2` instead, which is known at the source too
+        (:func:`subspace_value_and_grad`).
 
     Returns:
       A :class:`Projector` whose state is that of ``optimizer``.
 
     Raises:
-      ValueError: negative ``orthogonality``.
+      ValueError: negative ``orthogonality``, or unknown ``relative_to``.
 
     References:
       Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024.
@@ -80,6 +84,8 @@ def online_pca(
         update=lambda gradient, basis, state: (basis_of(begin, gradient, basis), state),
         every=None,
         follow=follow,
+        relative_to=check_relative_to("online_pca", relative_to),
+        matrix_free=begin.matrix_free,
     )
 
 

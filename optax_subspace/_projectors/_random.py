@@ -35,4 +35,6 @@ def random_projection(every: int = 200) -> Projector:
         new, _ = jnp.linalg.qr(jax.random.normal(key, basis.shape, gradient.dtype))
         return new, jax.random.key_data(carried)
 
-    return Projector(lambda key, m, n, rank: jax.random.key_data(key), update, every)
+    return Projector(
+        lambda key, m, n, rank: jax.random.key_data(key), update, every, matrix_free=True
+    )

@@ -73,7 +73,9 @@ def subspace_iteration(every: int = 200, power: int = 1, oversample: int = 0) ->
             new = new @ jnp.linalg.eigh(inside @ inside.T)[1][:, ::-1][:, :rank]
         return align_signs(new, basis), jax.random.key_data(carried)
 
-    return Projector(lambda key, m, n, rank: jax.random.key_data(key), update, every)
+    return Projector(
+        lambda key, m, n, rank: jax.random.key_data(key), update, every, matrix_free=True
+    )
 
 
 def _pad(basis: jax.Array, columns: int) -> jax.Array:

@@ -1,0 +1,240 @@
+"""Projection at the source: low-rank gradients of kernels whose full gradient never exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_subspace._bases import Initialised, Subspace
+from optax_subspace._blocks import without_variables
+from optax_subspace._describe import recorded
+from optax_subspace._leaves import LeafPlan, path_name
+from optax_subspace._projected import Projected, SourceBasis
+from optax_subspace._projection import compute_dtype
+from optax_subspace._projection_state import LeafBasis, ProjectionState, check_state
+from optax_subspace._source_kernel import How, Probe, SourceKernel, as_floats, from_floats
+
+
+def subspace_value_and_grad(
+    fun: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    refresh: bool = True,
+) -> Callable[..., tuple[Any, Any, dict[str, SourceBasis]]]:
+    r"""``jax.value_and_grad`` whose gradients of projected kernels are never formed.
+
+    For a layer :math:`y = x W` with output cotangent :math:`d` the projected gradient is a product
+    of two thin matrices,
+
+    .. math::
+      P^\top G = P^\top x^\top d = (x P)^\top d, \qquad G Q = x^\top (d Q),
+
+    of ``2 t r (m + n)`` operations for ``t`` tokens where the gradient itself has ``2 t m n``. What
+    rules that follow the gradient ask for, :math:`G (P^\top G)^\top = x^\top (d R^\top)`, is
+    another two. With the basis on the input side :math:`x P` is all that is kept of ``x``.
+
+    ``fun`` is called on parameters in which a stand-in takes the place of each projected kernel; it
+    knows ``x @ kernel``, ``kernel.astype`` and :func:`source_dot_general`, also within ``scan``,
+    ``vmap`` and ``jax.checkpoint``, and refuses what would lose its gradient. A kernel that is used
+    several times has the sum of its gradients, and a basis that stands still.
+
+    Args:
+      fun: ``(params, *args) -> loss``, or ``(loss, aux)`` with ``has_aux``.
+      tx: the transformation whose state the bases are in.
+      has_aux: as of ``jax.value_and_grad``.
+      refresh: whether bases that are due are found in this pass, layer by layer: by a rule such as
+        :func:`svd` from the full gradient of that layer alone. Between refreshes
+        (:func:`steps_to_refresh` tells) a second compiled step with ``refresh=False`` keeps less of
+        the activations.
+
+    Returns:
+      ``(params, state, *args) -> (value, gradients, source)``. Gradients of projected kernels are
+      :class:`Projected` leaves; ``tx.update(gradients, state, params, source=source)`` takes both.
+
+    Raises:
+      TypeError: a kernel is used in another way than above.
+      ValueError: at the call, ``state`` is not of ``tx``, or a rule asks for what the source cannot
+        give (the gradient's norm).
+
+    References:
+      Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, whose gradients are projected
+      after they were formed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from optax_subspace import galore
+      >>> tx, params = galore(0.1, rank=2), {"w": jnp.eye(8, 4)}
+      >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+      >>> @jax.jit
+      ... def step(params, state, x):
+      ...     value, grads, source = subspace_value_and_grad(loss, tx)(params, state, x)
+      ...     updates, state = tx.update(grads, state, params, source=source)
+      ...     return optax.apply_updates(params, updates), state, grads
+      >>> x = jax.random.normal(jax.random.key(0), (16, 8))
+      >>> params, state, grads = step(params, tx.init(params), x)
+      >>> grads["w"].low.shape
+      (8, 2)
+    """
+
+    def value_and_grad(params: Any, state: Any, *args: Any) -> Any:
+        at_source = AtSource(tx, params, state, refresh)
+        parts = at_source.probes, at_source.rest
+        loss = lambda *parts: fun(at_source.merge(*parts), *args)
+        differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)
+        value, cotangents = differentiate(*parts)
+        return value, *at_source.collect(*cotangents)
+
+    return value_and_grad
+
+
+class AtSource:
+    """Parameters whose projected kernels are replaced by stand-ins.
+
+    Attributes:
+      probes: what is differentiated in place of those kernels, by path.
+      rest: the other parameters, by path.
+    """
+
+    def __init__(self, tx: optax.GradientTransformation, params: Any, state: Any, refresh: bool):
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(params)
+        self._names = [path_name(path) for path, _ in leaves]
+        by_name = dict(zip(self._names, (leaf for _, leaf in leaves), strict=True))
+        found = _projections(tx, params, state)
+        self._kernels = {n: _kernel(jnp.asarray(by_name[n]), *found[n], refresh) for n in found}
+        self.probes = {name: kernel.probe for name, kernel in self._kernels.items()}
+        self.rest = {name: leaf for name, leaf in by_name.items() if name not in found}
+
+    def merge(self, probes: dict[str, Probe], rest: dict[str, Any]) -> Any:
+        """The parameters' tree, with the stand-ins."""
+        put = lambda name: dataclasses.replace(self._kernels[name], probe=probes[name])
+        return self._tree(lambda name: put(name) if name in probes else rest[name])
+
+    def collect(
+        self, probes: dict[str, Probe], rest: dict[str, Any]
+    ) -> tuple[Any, dict[str, SourceBasis]]:
+        """The gradients, and what was found for the bases, from the cotangents of both parts."""
+
+        def gradient(name: str) -> Any:
+            if name not in probes:
+                return rest[name]
+            kernel = self._kernels[name]
+            return Projected(probes[name].low, kernel.shape, kernel.dtype)
+
+        source = {
+            name: SourceBasis(
+                found.products,
+                found.bases,
+                from_floats(found.rules, self._kernels[name].rules) if found.bases else (),
+                found.done > 0,
+                found.uses,
+            )
+            for name, found in probes.items()
+        }
+        return self._tree(gradient), source
+
+    def _tree(self, leaf: Callable[[str], Any]) -> Any:
+        return jax.tree.unflatten(self._structure, [leaf(name) for name in self._names])
+
+
+def steps_to_refresh(state: optax.OptState) -> jax.Array:
+    """How many steps can go by before a basis is due, an int32 scalar; 0 if one is now.
+
+    A lower bound, since a leaf that is skipped takes its next basis later: read it after each
+    refresh and again when that many steps are done.
+
+    Args:
+      state: of a transformation of this library, chained, masked or wrapped.
+
+    Returns:
+      The steps, or the largest int32 if no basis is ever due.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_subspace import galore
+      >>> tx, params = galore(0.1, rank=2, every=50), {"w": jnp.eye(8, 4)}
+      >>> state = tx.init(params)
+      >>> _, after = tx.update(params, state, params)
+      >>> int(steps_to_refresh(state)), int(steps_to_refresh(after))
+      (0, 49)
+    """
+    is_projection = lambda x: isinstance(x, ProjectionState)
+    nodes = jax.tree.leaves(without_variables(state), is_leaf=is_projection)
+    left = [
+        jnp.min(leaf.due - leaf.age)
+        for node in filter(is_projection, nodes)
+        if isinstance(node.leaves, dict)
+        for leaf in node.leaves.values()
+        if leaf.due.size
+    ]
+    largest = jnp.int32(jnp.iinfo(jnp.int32).max)
+    return jnp.maximum(jnp.min(jnp.stack([*left, largest])), 0)
+
+
+def _projections(
+    tx: optax.GradientTransformation, params: Any, state: Any
+) -> dict[str, tuple[LeafPlan, LeafBasis, Subspace, jax.Array]]:
+    """Of each projected leaf by its path: plan, basis, settings, whether it may be refreshed."""
+    with warnings.catch_warnings():
+        # Told when the state was initialised.
+        warnings.simplefilter("ignore", UserWarning)
+        facts, _ = recorded(tx, params)
+    made = [fact for fact in facts if isinstance(fact, Initialised)]
+    is_projection = lambda x: isinstance(x, ProjectionState)
+    nodes = jax.tree.leaves(without_variables(state), is_leaf=is_projection)
+    nodes = [n for n in nodes if is_projection(n)]
+    if len(nodes) != len(made):
+        raise ValueError(
+            f"the state holds {len(nodes)} projections and the transformation makes {len(made)}: "
+            "initialise the state with the same transformation"
+        )
+    found: dict[str, tuple[LeafPlan, LeafBasis, Subspace, jax.Array]] = {}
+    for node, (subspace, plans) in zip(nodes, made, strict=True):
+        check_state(plans, node, subspace.accumulate)
+        # As for full gradients: bases change with the first micro-batch.
+        first = node.steps % subspace.accumulate == 0
+        for plan in plans:
+            if plan.projected:
+                found[plan.path] = plan, node.leaves[plan.path], subspace, first
+    return found
+
+
+def _kernel(
+    weight: jax.Array,
+    plan: LeafPlan,
+    leaf: LeafBasis,
+    subspace: Subspace,
+    first: jax.Array,
+    refresh: bool,
+) -> SourceKernel:
+    rule = plan.projector or subspace.projector
+    if rule.follow is not None and rule.relative_to != "coordinates":
+        raise ValueError(
+            f"parameter {plan.path}: its projector takes G G^T P relative to the norm of the "
+            "gradient, which does not exist at the source: give it "
+            "relative_to='coordinates', or project afterwards"
+        )
+    # Axes of one slice, which scan or vmap leave of the kernel.
+    kept = sorted(plan.reduction + plan.output)
+    axes = lambda of: tuple(kept.index(a) for a in of)
+    how = How(plan.path, plan.sides, axes(plan.reduction), axes(plan.output), rule, refresh)
+    dtype = compute_dtype(weight.dtype)
+    zeros = lambda shape: jnp.zeros(shape, dtype)
+    per_slice = jnp.zeros(plan.batch_shape, jnp.float32)
+    shapes = tuple(map(zeros, plan.basis_shapes))
+    probe = Probe(
+        low=zeros(plan.low_shape),
+        products=shapes if rule.follow is not None else (),
+        bases=shapes if refresh else (),
+        rules=jax.tree.map(jnp.zeros_like, as_floats(leaf.rule)) if refresh else (),
+        done=per_slice,
+        uses=per_slice,
+    )
+    due = (leaf.age >= leaf.due) & (first | (leaf.refreshes == 0))
+    return SourceKernel(weight, leaf.bases, leaf.rule, due, probe, how)

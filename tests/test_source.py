@@ -1,0 +1,432 @@
+"""Projection at the source equals projecting afterwards, and forms no gradient."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import optax_subspace as osub
+from optax_subspace import MatrixSpec
+from optax_subspace._source import AtSource
+from tests.train_helpers import ROOT
+
+RULES = [("layers/", MatrixSpec(-2, -1)), ("experts", MatrixSpec(-2, -1)), ("in|out", None)]
+PROJECTORS = {
+    "svd": lambda: osub.svd(every=7),
+    "lapack": lambda: osub.svd(every=7, method="lapack"),
+    "subspace_iteration": lambda: osub.subspace_iteration(every=5, oversample=2),
+    "online_pca": osub.online_pca,
+    "history_pca": osub.history_pca,
+    "oja": osub.oja,
+    "random": lambda: osub.random_projection(every=4),
+    "adaptive": lambda: osub.adaptive_period(osub.svd(every=3)),
+    "from_iteration": lambda: osub.history_pca(first=osub.subspace_iteration()),
+}
+
+
+def make_params(layers=3, width=12, hidden=20):
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    normal = lambda *shape: jax.random.normal(next(keys), shape) / shape[-2] ** 0.5
+    return {
+        "in": normal(6, width),
+        "layers": {"up": normal(layers, width, hidden), "down": normal(layers, hidden, width)},
+        "experts": normal(2, width, width),
+        "out": normal(width, 3),
+    }
+
+
+def loss_fn(params, x, y, remat=False):
+    """Stacked layers in a scan, experts under vmap, and kernels at full rank around them."""
+
+    def block(x, layer):
+        return x + jnp.tanh(x @ layer["up"]) @ layer["down"], None
+
+    x = x @ params["in"]
+    x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["layers"])
+    halves = jnp.stack([x, jnp.tanh(x)])
+    x = x + jnp.sum(jax.vmap(lambda x, kernel: x @ kernel)(halves, params["experts"]), axis=0)
+    return jnp.mean((x @ params["out"] - y) ** 2)
+
+
+def data(step, rows=16):
+    x = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (rows, 5, 6))
+    return x, jnp.sin(3 * x[..., :3])
+
+
+def run(tx, steps, at_source, params=None, remat=False):
+    """Losses and the last parameters and state."""
+    params = make_params() if params is None else params
+    fun = functools.partial(loss_fn, remat=remat)
+
+    @functools.partial(jax.jit, static_argnames="refresh")
+    def step(params, state, x, y, refresh=True):
+        if at_source:
+            grad = osub.subspace_value_and_grad(fun, tx, refresh=refresh)
+            value, gradients, source = grad(params, state, x, y)
+            updates, state = tx.update(gradients, state, params, source=source)
+        else:
+            value, gradients = jax.value_and_grad(fun)(params, x, y)
+            updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses, left = tx.init(params), [], 0
+    for i in range(steps):
+        refresh = left == 0
+        params, state, value = step(params, state, *data(i), refresh=refresh if at_source else True)
+        left = int(osub.steps_to_refresh(state)) if refresh else left - 1
+        losses.append(float(value))
+    return losses, params, state
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        distance = jnp.linalg.norm(jnp.ravel(a - b))
+        assert distance <= tolerance * jnp.linalg.norm(jnp.ravel(b)), (path, distance)
+
+
+FAST = {("svd", "left"), ("svd", "right"), ("history_pca", "left"), ("online_pca", "both")}
+FAST |= {("subspace_iteration", "left")}
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        pytest.param(name, side, marks=() if (name, side) in FAST else pytest.mark.slow)
+        for name in PROJECTORS
+        for side in ("left", "right", "both")
+    ],
+)
+def test_equals_projecting_afterwards(name, side):
+    tx = osub.scale_by_subspace(
+        optax.trace(0.9), rank=3, projector=PROJECTORS[name](), side=side, rules=RULES
+    )
+    tx = optax.chain(tx, optax.scale_by_learning_rate(0.005))
+    losses, params, state = run(tx, 50, at_source=True)
+    expected, there, other = run(tx, 50, at_source=False)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert_close(params, there)
+    assert losses[-1] < 0.9 * losses[0]
+    ours, theirs = state[0].projection, other[0].projection
+    for path, leaf in ours.leaves.items():
+        for field in ("age", "due", "period", "refreshes"):
+            np.testing.assert_array_equal(getattr(leaf, field), getattr(theirs.leaves[path], field))
+        np.testing.assert_allclose(leaf.drift, theirs.leaves[path].drift, atol=1e-4)
+
+
+def kernels(**shapes):
+    keys = jax.random.split(jax.random.key(3), len(shapes))
+    return {n: jax.random.normal(k, s) / 4 for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+def both_ways(tx, fun, params, *args, **settings):
+    """Updates at the source and afterwards, of two steps."""
+    found = []
+    for at_source in (True, False):
+        state, updates = tx.init(params), None
+        for _ in range(2):
+            if at_source:
+                grad = osub.subspace_value_and_grad(fun, tx, **settings)
+                _, gradients, source = grad(params, state, *args)
+                updates, state = tx.update(gradients, state, params, source=source)
+            else:
+                updates, state = tx.update(jax.grad(fun)(params, *args), state, params)
+        found.append(updates)
+    return found
+
+
+def test_layers_of_flax():
+    """Through `dot_general` of Linen's and NNX's layers; kernels of several axes too."""
+    x = jax.random.normal(jax.random.key(0), (4, 6, 10))
+    give = {"dot_general": osub.source_dot_general, "promote_dtype": osub.source_promote_dtype}
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            heads = nn.DenseGeneral((3, 8), name="heads", **give)(x)
+            x = nn.DenseGeneral(10, axis=(-2, -1), name="merge", **give)(jnp.tanh(heads))
+            return nn.Dense(12, name="out", **give)(x)
+
+    model = Model()
+    params = jax.tree.map(lambda p: p, model.init(jax.random.key(1), x)["params"])
+    rules = [("heads/kernel", MatrixSpec(0, (1, 2))), ("merge/kernel", MatrixSpec((0, 1), 2))]
+    tx = osub.scale_by_subspace(optax.identity(), rank=4, rules=rules)
+    fun = lambda params, x: jnp.mean(model.apply({"params": params}, x) ** 2)
+    assert_close(*both_ways(tx, fun, params, x))
+
+    definition, state = nnx.split(nnx.Linear(10, 12, rngs=nnx.Rngs(0), **give))
+    fun = lambda state, x: jnp.mean(jnp.sin(nnx.merge(definition, state)(x)))
+    tx = osub.scale_by_subspace(optax.identity(), rank=4)
+    assert_close(*both_ways(tx, fun, nnx.to_pure_dict(state), x))
+
+
+def test_the_chain_and_the_optimizers_take_it():
+    params = kernels(a=(12, 20), b=(20, 3))
+    fun = lambda p, x: jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"]) ** 2)
+    x = jax.random.normal(jax.random.key(0), (32, 12))
+    for tx in (
+        optax.chain(
+            osub.subspace_project(rank=2), osub.scale_by_adam(), optax.scale_by_learning_rate(0.1)
+        ),
+        optax.chain(optax.scale(2.0), osub.galore(0.1, 2, weight_decay=0.1)),
+        osub.online_subspace_descent(0.1, 2),
+        osub.galore(0.1, 2, projector_dtype="linear"),
+        optax.masked(osub.galore(0.1, 2), {"a": True, "b": False}),
+    ):
+        assert_close(*both_ways(tx, fun, params, x), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_no_gradient_is_formed(remat):
+    """No array of a stack's size is made between refreshes, nor one of a layer's gradient."""
+    layers, width, hidden = 5, 24, 56
+    params = make_params(layers, width, hidden)
+    tx = osub.scale_by_subspace(optax.trace(0.9), rank=4, projector=osub.svd(9), rules=RULES)
+    fun = functools.partial(loss_fn, remat=remat)
+
+    def program(refresh):
+        grad = osub.subspace_value_and_grad(fun, tx, refresh=refresh)
+        lowered = jax.jit(lambda p, s, *b: grad(p, s, *b)[1]).lower(
+            params, tx.init(params), *data(0)
+        )
+        return lowered.compile().as_text()
+
+    # A product that gives one of these shapes is a weight's gradient.
+    shapes = tuple(f"f32[{m},{n}]" for m, n in ((width, hidden), (hidden, width), (width, width)))
+
+    def results(text):
+        made = [line.split(" = ")[1] for line in text.splitlines() if " dot(" in line]
+        return [shape for shape in made if shape.startswith(shapes)]
+
+    assert not results(program(False))
+    assert results(program(True))
+
+
+def test_less_of_the_activations_is_kept():
+    """With the basis on the input side `x P` is kept in place of `x`."""
+    tx = osub.scale_by_subspace(optax.identity(), rank=2, side="left")
+    params = kernels(a=(64, 64), b=(64, 64))
+    # (A square of what comes out of the first kernel needs that alone.)
+    fun = lambda p, x: jnp.sum(((x @ p["a"]) ** 2) @ p["b"])
+    x = jax.random.normal(jax.random.key(0), (512, 64))
+
+    def kept(refresh):
+        at_source = AtSource(tx, params, tx.init(params), refresh)
+        run = lambda probes: fun(at_source.merge(probes, {}), x)
+        saved = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(run, p)[1], at_source.probes))
+        return sum(leaf.size for leaf in saved if leaf.shape[:1] == (512,))
+
+    # The first kernel's output for its square's slope, and two or one of (512, 64) besides.
+    assert kept(True) == 512 * 64 * 3
+    assert kept(False) == 512 * (64 + 2 + 2)
+
+
+def test_micro_batches_add_up_in_the_subspace():
+    params = kernels(a=(12, 20))
+    fun = lambda p, x: jnp.mean(jnp.sin(x @ p["a"]))
+    x = jax.random.normal(jax.random.key(0), (4, 8, 12))
+    tx = osub.galore(0.1, 3, accumulate=4)
+    found = []
+    for at_source in (True, False):
+        state, now = tx.init(params), params
+        for i in range(8):
+            if at_source:
+                _, gradients, source = osub.subspace_value_and_grad(fun, tx)(now, state, x[i % 4])
+                updates, state = tx.update(gradients, state, now, source=source)
+            else:
+                updates, state = tx.update(jax.grad(fun)(now, x[i % 4]), state, now)
+            now = optax.apply_updates(now, updates)
+        found.append(now)
+    assert_close(*found)
+    assert float(jnp.max(jnp.abs(found[0]["a"] - params["a"]))) > 0
+
+
+def test_bfloat16_and_float64():
+    params = kernels(a=(24, 40), b=(40, 8))
+    fun = lambda p, x: jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"]) ** 2)
+    x = jax.random.normal(jax.random.key(0), (64, 24))
+    tx = osub.scale_by_subspace(optax.identity(), rank=4)
+    cast = lambda tree, dtype: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+    ours, theirs = both_ways(tx, fun, cast(params, jnp.bfloat16), x.astype(jnp.bfloat16))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(ours))
+    assert_close(cast(ours, jnp.float32), cast(theirs, jnp.float32), 0.03)
+    with jax.enable_x64(True):
+        assert_close(*both_ways(tx, fun, cast(params, jnp.float64), x.astype(jnp.float64)), 1e-12)
+
+
+def test_gradients_that_are_not_finite_or_zero_leave_their_leaf_alone():
+    params, tx = kernels(a=(12, 20), b=(12, 20)), osub.galore(0.1, 3)
+    fun = lambda p, x, y: jnp.sum(jnp.sin(x @ p["a"])) + jnp.sum(jnp.sin(y @ p["b"]))
+    x, grad = jax.random.normal(jax.random.key(0), (8, 12)), osub.subspace_value_and_grad(fun, tx)
+    state = tx.init(params)
+    for bad in (jnp.full_like(x, jnp.nan), jnp.zeros_like(x)):
+        _, gradients, source = grad(params, state, x, bad)
+        updates, after = tx.update(gradients, state, params, source=source)
+        assert float(jnp.max(jnp.abs(updates["a"]))) > 0
+        assert not jnp.any(updates["b"])
+        leaf = after[0].projection.leaves["b"]
+        assert int(leaf.refreshes) == int(leaf.age) == 0 and not jnp.any(leaf.bases[0])
+    assert int(osub.steps_to_refresh(after)) == 0  # that of b is still due
+
+
+def test_what_would_lose_its_gradient_is_refused():
+    params, x = kernels(a=(12, 20)), jnp.ones((8, 12))
+    tx = osub.galore(0.1, 3)
+    state = tx.init(params)
+    run = lambda fun, tx=tx, **more: osub.subspace_value_and_grad(fun, tx)(
+        params, tx.init(params), x
+    )
+    for fun in (
+        lambda p, x: jnp.sum(x @ p["a"].reshape(12, 20)),
+        lambda p, x: jnp.sum(p["a"].T @ x.T),
+        lambda p, x: jnp.sum(x[:, :6] @ p["a"][:6]),
+        lambda p, x: jnp.sum(
+            osub.source_dot_general(x, p["a"], (((0,), (1,)), ((), ())))  # the other axis
+        ),
+    ):
+        with pytest.raises(TypeError, match=r"parameter a of shape \(12, 20\).*rule of None"):
+            run(fun)
+    with pytest.raises(TypeError, match="SourceKernel"):
+        run(lambda p, x: jnp.sum(jnp.sin(p["a"])))
+    fun = lambda p, x: jnp.sum(x @ p["a"])
+    _, gradients, source = run(fun)
+    with pytest.raises(ValueError, match="parameter a: .*source=source"):
+        tx.update(gradients, state, params)
+    other = osub.galore(0.1, 3, rules=[("a", None)])
+    with pytest.raises(ValueError, match="parameter a: .*left alone by rule"):
+        other.update(gradients, other.init(params), params, source=source)
+    with pytest.raises(ValueError, match=r"relative_to='coordinates'"):
+        run(fun, osub.online_subspace_descent(0.1, 3, projector=osub.oja(relative_to="gradient")))
+    with pytest.raises(ValueError, match="the state holds 1 projections and the transf.* makes 0"):
+        osub.subspace_value_and_grad(fun, optax.sgd(0.1))(params, state, x)
+
+
+def test_a_kernel_that_is_used_twice_is_skipped_and_counted():
+    """Its uses would each find a basis of their own."""
+    params, tx = kernels(a=(12, 12)), osub.galore(0.1, 3)
+    fun = lambda p, x: jnp.sum(jnp.sin(jnp.sin(x @ p["a"]) @ p["a"]))
+    grad = osub.subspace_value_and_grad(fun, tx)
+    state = tx.init(params)
+    _, gradients, source = grad(params, state, jnp.ones((8, 12)))
+    updates, state = tx.update(gradients, state, params, source=source)
+    assert float(source["a"].uses) == 2
+    assert not jnp.any(updates["a"]) and int(state[0].projection.skipped["a"]) == 1
+
+
+def test_aux_and_steps_to_refresh():
+    params, tx = kernels(a=(12, 20)), osub.galore(0.1, 3, every=5)
+    fun = lambda p, x: (jnp.sum(x @ p["a"]), x.shape)
+    grad = osub.subspace_value_and_grad(fun, tx, has_aux=True)
+    state, left = tx.init(params), []
+    for _ in range(7):
+        left.append(int(osub.steps_to_refresh(state)))
+        (_, aux), gradients, source = grad(params, state, jnp.ones((8, 12)))
+        _, state = tx.update(gradients, state, params, source=source)
+    assert left == [0, 4, 3, 2, 1, 0, 4] and aux == (8, 12)
+    assert int(osub.steps_to_refresh(optax.sgd(0.1).init(params))) == np.iinfo(np.int32).max
+
+
+@pytest.mark.parametrize("name", ["svd", "history_pca"])
+def test_fused_steps_at_the_source(name):
+    rules = [("layers/", MatrixSpec(-2, -1)), (".*", None)]
+    tx = osub.galore(0.05, 3, projector=PROJECTORS[name](), rules=rules)
+    params = {k: v for k, v in make_params().items() if k != "experts"}
+    parts = (
+        lambda rest, batch: batch[0] @ rest["in"],
+        lambda layer, x: x + jnp.tanh(x @ layer["up"]) @ layer["down"],
+        lambda rest, x, batch: jnp.mean((x @ rest["out"] - batch[1]) ** 2),
+    )
+    found = []
+    for at_source in (True, False):
+        fused = osub.fused_backward(*parts, tx, at_source=at_source)
+        step, now, state = jax.jit(fused.step), params, fused.init(params)
+        for i in range(10):
+            now, state, metrics = step(now, state, data(i))
+        found.append(now)
+    assert_close(*found)
+    assert float(metrics.skipped) == 0
+    with pytest.raises(ValueError, match="at_source=True .*remat=False"):
+        osub.fused_backward(*parts, tx, at_source=True, remat=False)
+
+
+PARALLEL = r"""
+import json, re
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import optax_subspace as osub
+
+mesh = Mesh(np.array(jax.devices()).reshape(8), ("data",))
+put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+rules = [("layers/", osub.MatrixSpec(-2, -1)), ("head", None)]
+# (Adam would blow up the rounding of directions that these gradients do not have.)
+tx = osub.galore(
+    1e-3, 8, projector=osub.subspace_iteration(), rules=rules, side="left", inner=optax.trace(0.9)
+)
+keys = jax.random.split(jax.random.key(0), 4)
+params = {
+    "layers": {
+        "up": jax.random.normal(keys[0], (3, 64, 96)) / 8,
+        "down": jax.random.normal(keys[1], (3, 96, 64)) / 10,
+    },
+    "head": jax.random.normal(keys[2], (64, 5)),
+}
+def loss(params, x):
+    def block(x, layer):
+        return x + jnp.tanh(x @ layer["up"]) @ layer["down"], None
+    x, _ = jax.lax.scan(block, x, params["layers"])
+    return jnp.mean((x @ params["head"]) ** 2)
+def make(refresh):
+    grad = osub.subspace_value_and_grad(loss, tx, refresh=refresh)
+    def step(params, state, x):
+        value, gradients, source = grad(params, state, x)
+        updates, state = tx.update(gradients, state, params, source=source)
+        return optax.apply_updates(params, updates), state, value
+    return jax.jit(step)
+x = jax.random.normal(keys[3], (6, 32, 64))
+found = []
+for split in (True, False):
+    place = (lambda t, s: put(t, s)) if split else (lambda t, s: t)
+    now, batches = place(params, P()), [place(part, P("data")) for part in x]
+    state, values = place(tx.init(params), P()), []
+    for i, batch in enumerate(batches):
+        now, state, value = make(i == 0)(now, state, batch)
+        values.append(float(value))
+    found.append(values)
+now, state = put(params, P()), put(tx.init(params), P())
+text = make(False).lower(now, state, put(x[0], P("data"))).compile().as_text()
+moved = [
+    int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
+    for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)
+    for dims in re.findall(r"\w+\[([\d,]*)\]", line.split(" all-reduce")[0].split(" = ")[1])
+]
+others = [k for k in ("all-gather(", "all-to-all(", "collective-permute(") if k in text]
+print(json.dumps({"values": found, "moved": moved, "others": others}))
+"""
+
+
+def test_only_low_rank_gradients_cross_devices():
+    """Eight devices: the losses of one; the all-reduces are of R and of what isn't projected."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    run = subprocess.run(
+        [sys.executable, "-c", PARALLEL], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    np.testing.assert_allclose(*found["values"], rtol=1e-5)
+    assert not found["others"]
+    # The scan's body, which runs three times, reduces one layer's R: 8 rows in place of 64 or 96.
+    low = 8 * 96 + 8 * 64
+    head, loss = 64 * 5, 1
+    assert low in (sum(found["moved"]) - head - loss, sum(found["moved"]) - head - 2 * loss)
+    full = 64 * 96 + 96 * 64
+    assert low <= 1.1 * (8 / 64) * full
