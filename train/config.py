@@ -181,6 +181,9 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    weights: str | None = None
+    """Hugging Face folder or .gguf file that the first weights come from, and the tokenizer unless
+    one is named; --model PATH gives it along with the model's configuration"""
     run_dir: str | None = None
     """Folder of this run; None is a new one, runs/EXPERIMENT-MODEL-OPTIMIZER[-N]"""
     resume: bool = False

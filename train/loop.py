@@ -14,7 +14,7 @@ import numpy as np
 from models import lora
 from models.llama import pieces
 from optax_subspace import dequantize
-from train import batches, corpus, devices, memory, records, report, rundir
+from train import batches, corpus, devices, memory, records, report, rundir, weights
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import Command
 from train.clock import Clock
@@ -50,7 +50,7 @@ def run(command: Command) -> None:
     if kind := devices.idle_accelerator():
         screen.say(f"warning: {devices.warning(kind)}")
 
-    data = corpus.load(config.data)
+    data = corpus.load(config.data, weights.tokenizer(config.weights))
     held_out = batches.held_out(data)
     stream = batches.training(
         data, config.train.batch_size, config.train.sequence_length, config.train.seed
@@ -60,7 +60,10 @@ def run(command: Command) -> None:
     key = jax.random.key(config.train.seed)
     seed = config.train.seed if config.train.stochastic_rounding else None
     fused = make_fused(config.model, optimizer, seed) if is_fused else None
-    initial = jax.jit(lambda key: init_state(config.model, optimizer, key, int8, fused))
+    initial = jax.jit(
+        lambda key, params=None: init_state(config.model, optimizer, key, int8, fused, params),
+        donate_argnums=1,
+    )
     shapes = jax.eval_shape(initial, key)
 
     adapters = sum(leaf.size for leaf in lora.adapters(shapes.params))
@@ -94,7 +97,7 @@ def run(command: Command) -> None:
     checkpoints = Checkpoints(
         place.checkpoints,
         config.checkpoint.keep,
-        fingerprint(config, data.key, shapes),
+        fingerprint(config, data.key, shapes, weights.key(config.weights)),
         lambda line: screen.say(f"warning: {line}"),
     )
     state = checkpoints.restore(shapes, stream) if place.resumes else None
@@ -105,8 +108,13 @@ def run(command: Command) -> None:
     else:
         screen.say(f"Writing to {place.path}.")
     trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step)
+    if state is None:
+        first = config.weights and weights.read(config.weights, config.model, "--weights")
+        state = initial(key, first or None)
+        del first
+    weights.keep_tokenizer(data.tokenizer, place.path)
     try:
-        trainer.train(initial(key) if state is None else state, stream)
+        trainer.train(state, stream)
     finally:
         screen.stop()
         trainer.close()

@@ -47,9 +47,13 @@ def init_state(
     key: jax.Array,
     int8_weights: bool = False,
     fused: FusedStep | None = None,
+    params: Any = None,
 ) -> State:
-    """The state before the first step; under `jax.eval_shape` nothing is allocated."""
-    params = llama.init_params(model, key)
+    """The state before the first step; under `jax.eval_shape` nothing is allocated.
+
+    Pretrained `params` take the place of random ones.
+    """
+    params = llama.init_params(model, key) if params is None else params
     if optimizer.adapters.rank:
         of_adapters = jax.random.fold_in(key, 1)
         params = lora.add(params, optimizer.adapters.rank, optimizer.adapters.alpha, of_adapters)
