@@ -101,6 +101,16 @@ def read_tokenizer(path: Path) -> str:
     return tokenizer.to_str()
 
 
+def first_token(path: Path) -> int | None:
+    """The token that stands before each text; None if there is none."""
+    reader = _open(path)
+    # As llama.cpp decides where the file doesn't say.
+    usual = _get(reader, "tokenizer.ggml.model", path, "") == "llama"
+    if not _get(reader, "tokenizer.ggml.add_bos_token", path, usual):
+        return None
+    return _get(reader, "tokenizer.ggml.bos_token_id", path, None)
+
+
 # How a text is cut before its parts are merged, by the name in the file.
 _DIGITS = r"\p{N}"
 _LLAMA3 = (

@@ -197,12 +197,12 @@ def _read(words: list[str], default: Config, wants_help: bool) -> Config:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(_unbox(captured.getvalue())) from None
+        raise UsageError(unbox(captured.getvalue())) from None
     except ValueError as error:
         raise UsageError(error) from None
 
 
-def _unbox(box: str) -> str:
+def unbox(box: str, program: str = PROGRAM) -> str:
     """The message of one of tyro's boxes: its first section, without the frame."""
     lines: list[str] = []
     # On a terminal the box has colours, and without UTF-8 a frame of other characters.
@@ -214,7 +214,7 @@ def _unbox(box: str) -> str:
             continue
         lines.append(text)
     message = one_line(" ".join(lines)) or one_line(box)
-    return f"{message.rstrip('.')}; {PROGRAM} --help shows what it takes"
+    return f"{message.rstrip('.')}; {program} --help shows what it takes"
 
 
 def description() -> str:

@@ -112,7 +112,7 @@ def run(command: Command) -> None:
         first = config.weights and weights.read(config.weights, config.model, "--weights")
         state = initial(key, first or None)
         del first
-    weights.keep_tokenizer(data.tokenizer, place.path)
+    weights.keep_tokenizer(data.tokenizer, place.path, weights.context(config))
     try:
         trainer.train(state, stream)
     finally:

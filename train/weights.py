@@ -10,6 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as Raw
+
 from models import pretrained
 from models.config import LlamaConfig
 from train.config import Config
@@ -26,7 +29,7 @@ _SHAPES = (
     "num_layers",
     "tie_embeddings",
 )
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TOKENIZERS, ABOUT = ("tokenizer.json", "tokenizer.model"), "tokenizer_config.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -102,8 +105,6 @@ def tokenizer(path: str | None) -> Tokenizer | None:
         files = [place / name for name in TOKENIZERS if (place / name).is_file()]
         return open_tokenizer(str(files[0])) if files else None
     # Here and not above: gguf is an extra.
-    from tokenizers import Tokenizer as Raw
-
     from models.gguf import read_tokenizer
 
     end = header(path).end
@@ -114,19 +115,47 @@ def tokenizer(path: str | None) -> Tokenizer | None:
         raise UsageError(f"--model {path}: {_after(error, path)}") from None
 
 
-def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def start(path: str) -> tuple[int, ...]:
+    """Ids that the model's own tokenizer sets before each text: the first of a text, or nothing."""
+    place = Path(path)
+    if place.suffix == ".gguf":
+        from models.gguf import first_token
+
+        first = first_token(place)
+        return () if first is None else (first,)
+    if (place / TOKENIZERS[0]).is_file():
+        raw = Raw.from_file(str(place / TOKENIZERS[0]))
+        ids = raw.encode("").ids
+        return tuple(ids[:1])
+    if (place / TOKENIZERS[1]).is_file():
+        about = place / ABOUT
+        known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        # As transformers, which sets it unless it is told not to.
+        first = SentencePieceProcessor(model_file=str(place / TOKENIZERS[1])).bos_id()
+        return (first,) if first >= 0 and known.get("add_bos_token", True) else ()
+    return ()
+
+
+def context(config: Config) -> int:
+    """The longest sequence, in tokens, that the model of a run is made for."""
+    length = config.train.sequence_length
+    return length if config.weights is None else max(length, header(config.weights).context)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Writes a tokenizer's file into a folder, for whoever uses the model there.
 
-    What a `tokenizer.json` doesn't say, which token ends a text, goes beside it.
+    What it doesn't say, the token that ends a text and the model's context, goes beside it.
     """
+    about: dict[str, Any] = {"model_max_length": context}
     if isinstance(tokenizer, HuggingFace):
         raw = tokenizer._tokenizer
-        (folder / "tokenizer.json").write_text(raw.to_str(), encoding="utf-8")
-        beside = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        beside["eos_token"] = raw.id_to_token(tokenizer.end)
-        (folder / "tokenizer_config.json").write_text(json.dumps(beside, indent=2) + "\n")
+        (folder / TOKENIZERS[0]).write_text(raw.to_str(), encoding="utf-8")
+        about["tokenizer_class"] = "PreTrainedTokenizerFast"
+        about["eos_token"] = raw.id_to_token(tokenizer.end)
     elif isinstance(tokenizer, Pieces):
-        (folder / "tokenizer.model").write_bytes(tokenizer._processor.serialized_model_proto())
+        (folder / TOKENIZERS[1]).write_bytes(tokenizer._processor.serialized_model_proto())
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def key(path: str | None) -> str | None:
