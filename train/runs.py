@@ -130,7 +130,7 @@ def _of_run(run: Path, step: int | None) -> Loaded:
     config = meta["config"]
     params = jax.jit(lambda params: lora.merge(dequantize(params)))(params)
     name = f"{run.name or run.resolve().name}, step {number}"
-    tokenizer = _tokenizer(run, config)
+    tokenizer = _tokenizer(run)
     # Packed documents follow the end of others, rows of one document nothing.
     start = (tokenizer.end,) if config.get("data.layout", "packed") == "packed" else ()
     return Loaded(name, model_of(config), params, tokenizer, _context(run), start)
@@ -138,17 +138,25 @@ def _of_run(run: Path, step: int | None) -> Loaded:
 
 def _context(run: Path) -> int:
     about = run / weights.ABOUT
-    try:
-        return int(json.loads(about.read_text(encoding="utf-8"))["model_max_length"])
-    except (OSError, ValueError, TypeError, KeyError):
+    length = _json(about).get("model_max_length")
+    if not isinstance(length, int):
         raise UsageError(
-            f'{about}: is missing or damaged; give {{"model_max_length": N}} there, the run\'s '
-            "--train.sequence_length or more"
-        ) from None
+            f'{about}: lacks "model_max_length"; give it there, the run\'s --train.sequence_length '
+            "or more"
+        )
+    return length
 
 
-def _tokenizer(run: Path, config: dict[str, Any]) -> Tokenizer:
-    if config.get("data.tokenizer") == BYTES:
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(f"{path}: is missing or damaged; copy it there again") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _tokenizer(run: Path) -> Tokenizer:
+    if _json(run / "config.json").get("data.tokenizer") == BYTES:
         return open_tokenizer(BYTES)
     for name in weights.TOKENIZERS:
         if (run / name).is_file():
