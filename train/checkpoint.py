@@ -23,7 +23,11 @@ from train.step import State
 
 _SAVING = ".saving-"
 # Keys that change neither the parameters nor the metrics up to a given step.
-_FREE = ("run_dir", "resume", "data.path", "data.cache_dir", "checkpoint.", "log.print_every")
+# (what the paths of the data lead to is in the corpus' key).
+_FREE = (
+    *("run_dir", "resume", "checkpoint.", "log.print_every", "data.path", "data.cache_dir"),
+    *("data.validation_path", "data.tokenizer", "data.tfds_dir", "data.bad_shards"),
+)
 
 
 def fingerprint(config: Config, corpus_key: str, state: State) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import tyro
 
 from models.config import PRESETS
-from train.config import READ_BY, Config, flatten, resolve, validate
+from train.config import READ_BY, Config, flatten, resolve, unread_data_keys, validate
 from train.errors import TrainError, UsageError, no_space, one_line
 from train.experiments import EXPERIMENTS, summary
 
@@ -102,6 +102,9 @@ def parse(arguments: Sequence[str]) -> Command:
             raise UsageError(
                 f"--{key}: with --lora.only the adapters alone are trained, by AdamW; leave it out"
             )
+    for field, why in unread_data_keys(config.data).items():
+        if f"data.{field}" in given:
+            raise UsageError(f"--data.{field}: {why}; leave it out")
     config = resolve(config)
     validate(config)
     return Command(config, model, experiment, tuple(arguments))
