@@ -124,7 +124,7 @@ def _byte_level(tokens: list[str], merges: list[str], before: str, path: Path) -
 
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     split = lambda pattern: pre_tokenizers.Split(Regex(pattern), "isolated")
-    known = {
+    known: dict[str, list[Any]] = {
         "default": [level],
         "gpt-2": [level],
         "smollm": [split(_DIGITS), level],
@@ -138,7 +138,7 @@ def _byte_level(tokens: list[str], merges: list[str], before: str, path: Path) -
             f"{path}: its tokenizer cuts texts as {before!r}, which isn't known here (but "
             f"{', '.join(known)}); give a tokenizer of yours"
         )
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(a, b) for a, _, b in (merge.partition(" ") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     # Meta's own takes a whole word that is a token as it is.
     whole = before == "llama-bpe"

@@ -19,7 +19,15 @@ import tyro
 
 from models.config import PRESETS
 from train import weights
-from train.config import READ_BY, Config, DataConfig, flatten, resolve, validate
+from train.config import (
+    READ_BY,
+    Config,
+    DataConfig,
+    flatten,
+    resolve,
+    unread_data_keys,
+    validate,
+)
 from train.errors import TrainError, UsageError, no_space, one_line
 from train.experiments import EXPERIMENTS, summary
 
@@ -105,6 +113,9 @@ def parse(arguments: Sequence[str]) -> Command:
             raise UsageError(
                 f"--{key}: with --lora.only the adapters alone are trained, by AdamW; leave it out"
             )
+    for field, why in unread_data_keys(config.data).items():
+        if f"data.{field}" in given:
+            raise UsageError(f"--data.{field}: {why}; leave it out")
     config = resolve(config)
     validate(config)
     weights.check(config)

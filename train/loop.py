@@ -34,6 +34,7 @@ from train.step import (
     make_subspace_step,
     make_train_step,
 )
+from train.tokenizer import check_vocabulary
 
 
 def run(command: Command) -> None:
@@ -50,8 +51,9 @@ def run(command: Command) -> None:
     if kind := devices.idle_accelerator():
         screen.say(f"warning: {devices.warning(kind)}")
 
-    data = corpus.load(config.data, weights.tokenizer(config.weights))
-    held_out = batches.held_out(data)
+    data = corpus.load(config.data, weights.tokenizer(config.weights), screen.say)
+    check_vocabulary(data.tokenizer, config.model.vocab_size, config.data.tokenizer or "None")
+    held_out = batches.held_out(data, config.train.sequence_length)
     stream = batches.training(
         data, config.train.batch_size, config.train.sequence_length, config.train.seed
     )
@@ -73,10 +75,7 @@ def run(command: Command) -> None:
         f"{command.experiment} with {config.optimizer.name}.\n{data.name}.\n"
     )
     report.print_projection(screen, optimizer, jax.eval_shape(dequantize, shapes.params))
-    tokens = jax.ShapeDtypeStruct(
-        (config.train.batch_size, config.train.sequence_length), jnp.int32
-    )
-    batch = batches.Batch(tokens, tokens)
+    batch = batches.shapes(config.data, config.train.batch_size, config.train.sequence_length)
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
     jitted = make_train_step(config.model, optimizer, seed, fused)
@@ -131,7 +130,7 @@ class Trainer:
         place: rundir.RunDir,
         checkpoints: Checkpoints,
         optimizer: Optimizer,
-        held_out: batches.HeldOut,
+        held_out: batches.HeldOut | batches.HeldOutRows,
         train_step: Any,
     ):
         self.command, self.config = command, command.config
@@ -279,6 +278,8 @@ class Trainer:
         if not math.isfinite(loss):
             raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
         unigram = batches.unigram_entropy(self.held_out.targets)
+        # (None where documents were cut.)
+        text_bytes = self.held_out.text_bytes
         final: records.Row = {
             "kind": "final",
             "step": step,
@@ -286,7 +287,7 @@ class Trainer:
             "validation_loss": loss,
             # JSON has no infinity.
             "validation_perplexity": report.perplexity(loss) if loss < report.HIGHEST else None,
-            "bits_per_byte": batches.bits_per_byte(loss * tokens, self.held_out.text_bytes),
+            "bits_per_byte": text_bytes and batches.bits_per_byte(loss * tokens, text_bytes),
             "unigram_loss": unigram,
             "unigram_perplexity": float(np.exp(unigram)),
             "scored": tokens,
