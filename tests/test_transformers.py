@@ -72,8 +72,10 @@ def test_a_model_of_theirs_has_the_same_logits_here(tmp_path, dtype):
     assert header.context == 77 and header.config.param_dtype == dtype
     # Computed in float32, from the same weights.
     config = dataclasses.replace(header.config, param_dtype="float32", dtype="float32")
+    # Loaded anew: `float()` would keep the positions' angles of few bits.
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
-        found = theirs.float()(torch.tensor(TOKENS).long()).logits.numpy()
+        found = theirs(torch.tensor(TOKENS).long()).logits.numpy()
     params = pretrained.read_params(tmp_path, config)
     np.testing.assert_allclose(logits(config, params), found, rtol=2e-5, atol=2e-5)
     stored = pretrained.read_params(tmp_path, header.config)
