@@ -226,11 +226,11 @@ def test_text_files_take_held_out_documents_too(tmp_path):
 
 def test_neighbours_are_read_together_and_all_are_read_once(folder, monkeypatch):
     monkeypatch.setattr(shards, "BLOCK", 16)
-    monkeypatch.setattr(shards.Shards, "block", 16)
+    monkeypatch.setattr(shards, "_BLOCKS", 4)
+    write(folder / "b.json.gz", TEXTS[400:])
+    (folder / "b.jsonl").unlink()
     data = load(folder, validation_fraction=0.01)
-    reads = []
-    read = data.train._source._read
-    data.train._source._block = lambda *at: reads.append(at) or read(*at)
+    assert data.train.block == 16 and load(folder.parent / "c4" / "a.json.gz").train.block == 16
     order = []
     monkeypatch.setattr(
         batches.rows, "encode", lambda r, *_: order.append(r["text"].decode()) or rows_of(r)
@@ -248,7 +248,13 @@ def test_neighbours_are_read_together_and_all_are_read_once(folder, monkeypatch)
     assert len(set(order[: count // 2])) == count // 2
 
 
-def test_a_position_in_blocks_is_restored(folder):
+def test_small_and_plain_shards_are_shuffled_document_by_document(folder):
+    assert load(folder).train.block == 1
+
+
+def test_a_position_in_blocks_is_restored(folder, monkeypatch):
+    monkeypatch.setattr(shards, "BLOCK", 16)
+    monkeypatch.setattr(shards, "_BLOCKS", 4)
     data = load(folder, validation_fraction=0.1)
     stream = batches.training(data, 4, 128, 0)
     positions, found = [], []
