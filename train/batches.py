@@ -8,6 +8,7 @@ neighbouring documents. The stream is a function of the seed, its position is a 
 """
 
 import atexit
+import functools
 import sys
 import weakref
 from collections.abc import Iterator
@@ -142,6 +143,8 @@ class _Documents(grain.MapDataset):
     def __init__(self, blocks: grain.MapDataset, source: Source):
         super().__init__(blocks)
         self._source = source
+        # Remembered, since one number of the shuffle takes grain 40 ms where there are few blocks.
+        self._block = functools.lru_cache(maxsize=2)(blocks.__getitem__)
 
     def __len__(self) -> int:
         return min(len(self._parent) * self._source.block, sys.maxsize)
@@ -150,7 +153,7 @@ class _Documents(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         block, offset = divmod(index, self._source.block)
-        number = self._parent[block] * self._source.block + offset
+        number = self._block(block) * self._source.block + offset
         return self._source[number] if number < len(self._source) else None
 
 

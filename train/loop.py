@@ -4,6 +4,7 @@ import logging
 import math
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from train import batches, corpus, devices, memory, records, report, rundir, wei
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import Command
 from train.clock import Clock
-from train.errors import DivergedError, Interrupted, one_line
+from train.errors import DivergedError, Interrupted, UsageError, one_line
 from train.optimizer import Optimizer, make
 from train.screen import Screen, duration
 from train.signals import Signals
@@ -116,6 +117,7 @@ def run(command: Command) -> None:
         trainer.train(state, stream)
     finally:
         screen.stop()
+        stream.close()
         trainer.close()
         lock.close()
 
@@ -142,6 +144,7 @@ class Trainer:
         self.hamiltonian_step = make_hamiltonian_step(optimizer)
         self.finite = jax.jit(all_finite)
         self.files: list[records.Records] = []
+        self.input_wait = 0.0  # seconds
 
     def train(self, state: State, stream: Any) -> None:
         """All steps that are left, the final evaluation and the report."""
@@ -154,7 +157,7 @@ class Trainer:
         late = None  # the metrics of the step before: read while the device does the next one
         with Signals(self._interrupted_again) as signals:
             for step in range(done + 1, steps + 1):
-                batch = next(stream)
+                batch = self._take(stream, step, state, late)
                 state, metrics = self.train_step(state, batch)
                 self._record(late)
                 late = (step, metrics)
@@ -175,6 +178,23 @@ class Trainer:
                     raise Interrupted(self._how_to_resume(step), signals.received)
             self.screen.stop()
             self._finish(steps, state, self.clock.speed(), signals)
+
+    def _take(self, stream: Any, step: int, state: State, late: tuple[int, Metrics] | None) -> Any:
+        """The next batch; where the documents end badly, what was trained on is saved."""
+        began = time.perf_counter()
+        try:
+            return next(stream)
+        except UsageError as error:
+            self._record(late)
+            with self.clock.paused():
+                self._check(step - 1, state)
+                self.metrics.sync()
+                if step > 1:
+                    self.checkpoints.save(step - 1, state, stream)
+                    raise UsageError(f"{error} ({self._how_to_resume(step - 1)})") from None
+            raise
+        finally:
+            self.input_wait += time.perf_counter() - began
 
     def close(self) -> None:
         """Closes the files."""
@@ -216,7 +236,9 @@ class Trainer:
         self.screen.progress(step, steps, status, milestone)
         if milestone:
             row = {"kind": "speed", "step": step, "tokens_per_second": round(speed, 1)}
-            self.throughput.write(row | {"seconds": round(self.clock.seconds(), 3)})
+            row["seconds"] = round(self.clock.seconds(), 3)
+            # How long the device had nothing to do for want of a batch, since the run began.
+            self.throughput.write(row | {"input_wait_seconds": round(self.input_wait, 3)})
 
     def _check(self, step: int, state: State) -> None:
         """Ends the run before a state that holds no numbers is saved over good ones.

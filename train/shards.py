@@ -180,13 +180,16 @@ def _open(name: str, path: Path) -> Any:
 
 
 class Shards(Source):
-    """The documents of some shards by number, as records of bytes."""
+    """The documents of some shards by number, as records of bytes.
 
-    block = BLOCK
+    Random access is dear where they are compressed and more than what is remembered.
+    """
 
     def __init__(self, shards: Sequence[Shard]):
         self._shards = shards
         self._ends = np.cumsum([shard.documents for shard in shards])
+        compressed = any(map(_together, shards)) and self._ends[-1] > BLOCK * _BLOCKS
+        self.block = BLOCK if compressed else 1
         # One thread at a time; and each block and each open file is remembered for a while.
         self._lock = threading.Lock()
         self._block = functools.lru_cache(maxsize=_BLOCKS)(self._read)
@@ -198,8 +201,9 @@ class Shards(Source):
     def __getitem__(self, number: int) -> Record:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         number -= int(self._ends[shard]) - self._shards[shard].documents
+        block, offset = divmod(number, _together(self._shards[shard]))
         with self._lock:
-            line = self._block(shard, number // BLOCK)[number % BLOCK]
+            line = self._block(shard, block)[offset]
         record = parse(line)
         assert record is not None  # the index has none that are empty
         return record
@@ -217,7 +221,8 @@ class Shards(Source):
         shard = self._shards[number]
         try:
             file, starts = self._file(shard)
-            bounds = starts[block * BLOCK :][: BLOCK + 1]
+            count = _together(shard)
+            bounds = starts[block * count :][: count + 1]
             file.seek(int(bounds[0]))
             data = file.read(int(bounds[-1] - bounds[0]))
             if len(data) != bounds[-1] - bounds[0]:
@@ -231,6 +236,11 @@ class Shards(Source):
         # What follows a document's line, up to the next one, was left out.
         pairs = zip(edges[:-1], edges[1:], strict=True)
         return [data[start:stop].split(b"\n", 1)[0] for start, stop in pairs]
+
+
+def _together(shard: Shard) -> int:
+    """Documents of a shard that are read at once."""
+    return BLOCK if shard.name.endswith(".gz") else 1
 
 
 def _reader(shard: Shard) -> tuple[Any, np.ndarray]:
