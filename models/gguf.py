@@ -6,6 +6,7 @@ here. Quantised tensors are dequantised, one at a time.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,17 @@ def _get(reader: Any, key: str, path: Path, default: Any = _NEEDED) -> Any:
 
 
 def _open(path: Path) -> Any:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror}); check the path") from None
+    return _reader(path, found.st_mtime_ns, found.st_size)
+
+
+# A vocabulary takes seconds to read, and is asked for several times.
+@functools.lru_cache(maxsize=1)
+def _reader(path: Path, *state: int) -> Any:
+    """The file at `path`; `state` changes when the file does."""
     try:
         from gguf import GGUFReader
     except ImportError:

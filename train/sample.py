@@ -70,7 +70,8 @@ def sample(arguments: Arguments) -> list[str]:
     for prompt, begin, new in zip(arguments.prompt, prompts, found, strict=True):
         # Decoded together, since a character may be cut by the border.
         whole = tokenizer.decode([*begin[len(start) :], *new])
-        texts.append(whole.removeprefix(prompt))
+        exact = whole.startswith(prompt)
+        texts.append(whole.removeprefix(prompt) if exact else tokenizer.decode(new))
         print(prompt + texts[-1])
         if len(prompts) > 1:
             print("-" * 40)
