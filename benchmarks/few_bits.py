@@ -65,7 +65,8 @@ def run(variant: Variant, steps: int, seed: int) -> float:
     for _ in range(steps):
         state, _ = step(state, next(stream))
     evaluate, total, count = make_eval_step(config.model), 0.0, 0.0
-    for batch in batches.held_out(data).batches(train.batch_size, train.sequence_length, 40):
+    held_out = batches.held_out(data, train.sequence_length)
+    for batch in held_out.batches(train.batch_size, train.sequence_length, 40):
         nats, tokens = evaluate(state.params, batch)
         total, count = total + float(nats), count + float(tokens)
     return total / count

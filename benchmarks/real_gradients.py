@@ -73,7 +73,7 @@ def run(
     for _ in range(steps):
         params, state, watched = step(params, state, next(stream))
         rows.append(np.asarray(watched))
-    held_out = batches.held_out(data)
+    held_out = batches.held_out(data, config.train.sequence_length)
     score = jax.jit(lambda p, *b: llama.merge(definition, p).loss(*b))
     losses = [
         score(params, *batch[:3])[0]

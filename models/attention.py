@@ -2,7 +2,9 @@
 
 All take q (B, S, H, D), k and v (B, S, K, D) with H a multiple of K (grouped-query attention: H / K
 consecutive query heads share a key head), and return (B, S, H, D) in q's dtype. The softmax is
-float32. Inside, one sequence is q (K, G, S, D), k and v (K, S, D) with G = H / K.
+float32. With `segments` (B, S), of any dtype, a position sees those of its own number alone, and
+of them the ones before it and itself. Inside, one sequence is q (K, G, S, D), k and v (K, S, D)
+with G = H / K.
 """
 
 import functools
@@ -18,24 +20,28 @@ Array = jax.Array
 _MASKED = -1e30
 
 
-def dot_product(q: Array, k: Array, v: Array) -> Array:
+def dot_product(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
     """`jax.nn.dot_product_attention`: cuDNN's flash attention where it can be, else XLA's."""
     # cuDNN refuses float32 and head sizes that are not a multiple of 8 up to 128.
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     cudnn = fits and "cuda" in jax.extend.backend.get_backend().platform_version
+    same = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
     return jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, implementation="cudnn" if cudnn else "xla"
+        q, k, v, mask=same, is_causal=True, implementation="cudnn" if cudnn else "xla"
     )
 
 
-def einsum(q: Array, k: Array, v: Array) -> Array:
+def einsum(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
     """Two products around one full masked softmax, differentiated by JAX."""
     q, k, v = _by_head(q, k, v)
-    weights = jax.nn.softmax(jax.vmap(lambda q, k: _scores(q, k, 0, q.shape[2]))(q, k), axis=-1)
+    scores = jax.vmap(lambda q, k, segments: _scores(q, k, segments, 0, q.shape[2]))
+    weights = jax.nn.softmax(scores(q, k, segments), axis=-1)
     return _by_position(jnp.einsum("bkgrt,bktd->bkgrd", weights.astype(v.dtype), v))
 
 
-def blocked(q: Array, k: Array, v: Array, *, block: int = 256) -> Array:
+def blocked(
+    q: Array, k: Array, v: Array, segments: Array | None = None, *, block: int = 256
+) -> Array:
     """Sequence by sequence, in blocks of queries that see the keys up to their own end only.
 
     One block's scores fit in a CPU's cache, none of them is kept for the backward pass, which
@@ -46,36 +52,40 @@ def blocked(q: Array, k: Array, v: Array, *, block: int = 256) -> Array:
       q: (B, S, H, D) queries.
       k: (B, S, K, D) keys.
       v: (B, S, K, D) values.
+      segments: (B, S) numbers, or None.
       block: queries per block; a short last block is fine.
 
     Returns:
       (B, S, H, D) in q's dtype.
     """
-    return _by_position(_blocked(block, *_by_head(q, k, v)))
+    return _by_position(_blocked(block, *_by_head(q, k, v), segments))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(block: int, q: Array, k: Array, v: Array) -> Array:
-    return jax.lax.map(lambda each: _forward(block, *each)[0], (q, k, v))
+def _blocked(block: int, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    return jax.lax.map(lambda each: _forward(block, *each)[0], (q, k, v, segments))
 
 
-def _blocked_forward(block, q, k, v):
-    out, log_sums = jax.lax.map(lambda each: _forward(block, *each), (q, k, v))
-    return out, (q, k, v, out, log_sums)
+def _blocked_forward(block, q, k, v, segments):
+    out, log_sums = jax.lax.map(lambda each: _forward(block, *each), (q, k, v, segments))
+    return out, (q, k, v, segments, out, log_sums)
 
 
 def _blocked_backward(block, residuals, dout):
-    return jax.lax.map(lambda each: _backward(block, *each), (*residuals, dout))
+    # (None: nothing follows from a change of the segments.)
+    return *jax.lax.map(lambda each: _backward(block, *each), (*residuals, dout)), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _forward(block: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+def _forward(
+    block: int, q: Array, k: Array, v: Array, segments: Array | None
+) -> tuple[Array, Array]:
     """One sequence's output (K, G, S, D) and log sum of exponentials (K, G, S, 1)."""
     outs, log_sums = [], []
     for start, stop in _ranges(q.shape[2], block):
-        scores = _scores(q, k, start, stop)
+        scores = _scores(q, k, segments, start, stop)
         top = jnp.max(scores, axis=-1, keepdims=True)
         exps = jnp.exp(scores - top)
         sums = jnp.sum(exps, axis=-1, keepdims=True)
@@ -86,7 +96,14 @@ def _forward(block: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
 
 
 def _backward(
-    block: int, q: Array, k: Array, v: Array, out: Array, log_sums: Array, dout: Array
+    block: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    out: Array,
+    log_sums: Array,
+    dout: Array,
 ) -> tuple[Array, Array, Array]:
     """One sequence's gradients of q, k and v."""
     # sum_t w_t dw_t of the softmax's gradient, without the weights: w @ v is the output.
@@ -95,7 +112,7 @@ def _backward(
     dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, stop in _ranges(q.shape[2], block):
         rows = slice(start, stop)
-        weights = jnp.exp(_scores(q, k, start, stop) - log_sums[:, :, rows])
+        weights = jnp.exp(_scores(q, k, segments, start, stop) - log_sums[:, :, rows])
         dweights = _product("kgrd,ktd->kgrt", dout[:, :, rows], v[:, :stop])
         dscores = (weights * (dweights - inner[:, :, rows])).astype(q.dtype)
         dqs.append(_product("kgrt,ktd->kgrd", dscores, k[:, :stop]).astype(q.dtype))
@@ -105,10 +122,12 @@ def _backward(
     return jnp.concatenate(dqs, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _scores(q: Array, k: Array, start: int, stop: int) -> Array:
+def _scores(q: Array, k: Array, segments: Array | None, start: int, stop: int) -> Array:
     """Masked scores (K, G, stop - start, stop) of the queries start..stop, float32."""
     scores = _product("kgrd,ktd->kgrt", q[:, :, start:stop], k[:, :stop])
     seen = jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+    if segments is not None:
+        seen &= segments[:stop] == segments[start:stop, None]
     return scores + jnp.where(seen, 0.0, _MASKED)
 
 

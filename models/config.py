@@ -1,4 +1,4 @@
-"""Hyper-parameters of a LLaMA, and the sizes of the GaLore scripts."""
+"""Hyper-parameters of a LLaMA, the sizes of the GaLore scripts and those of LLaMA-1."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -6,7 +6,7 @@ from typing import Literal, get_args
 Attention = Literal["auto", "dot_product", "einsum", "blocked"]
 Loss = Literal["auto", "logits", "fused"]
 
-_FLOATS = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class LlamaConfig:
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} must be positive and finite")
         for name in ("param_dtype", "dtype"):
-            _check_choice(name, getattr(self, name), _FLOATS)
+            _check_choice(name, getattr(self, name), FLOATS)
         _check_choice("attention", self.attention, get_args(Attention))
         _check_choice("loss", self.loss, get_args(Loss))
 
@@ -166,4 +166,8 @@ PRESETS: dict[str, LlamaConfig] = {
     "1b": _preset(2048, 5461, 32, 24),
     "3b": _preset(2560, 6848, 32, 32),
     "7b": _preset(4096, 11008, 32, 32),
+    # The larger LLaMA-1 (Touvron et al. 2023, arXiv 2302.13971, table 2), as in LOMO's tables.
+    "13b": _preset(5120, 13824, 40, 40),
+    "30b": _preset(6656, 17920, 52, 60),
+    "65b": _preset(8192, 22016, 64, 80),
 }

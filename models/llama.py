@@ -90,14 +90,14 @@ class Block(nnx.Module):
         self.up = Linear(config, d, f, rngs=rngs)
         self.down = Linear(config, f, d, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        """(B, S, d) -> (B, S, d)."""
-        x = x + self.attend(self.attention_norm(x))
+    def __call__(self, x: Array, segments: Array | None = None) -> Array:
+        """(B, S, d), and the positions' segments (B, S) if there are any -> (B, S, d)."""
+        x = x + self.attend(self.attention_norm(x), segments)
         y = self.mlp_norm(x)
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 
-    def attend(self, x: Array) -> Array:
-        """Causal self-attention: (B, S, d) -> (B, S, d)."""
+    def attend(self, x: Array, segments: Array | None = None) -> Array:
+        """Causal self-attention, within segments if given: (B, S, d) -> (B, S, d)."""
         config = self.config
         batch, length, _ = x.shape
         heads = (batch, length, -1, config.head_dim)
@@ -106,7 +106,7 @@ class Block(nnx.Module):
         k = rotate(self.k(x).reshape(heads), cos, sin)
         v = self.v(x).reshape(heads)
         attend = attention.IMPLEMENTATIONS[backend.choose(config).attention]
-        return self.o(attend(q, k, v).reshape(batch, length, -1))
+        return self.o(attend(q, k, v, segments).reshape(batch, length, -1))
 
 
 class Llama(nnx.Module):
@@ -136,32 +136,42 @@ class Llama(nnx.Module):
         if not config.tie_embeddings:
             self.head = Linear(config, config.hidden_size, config.vocab_size, rngs=rngs)
 
-    def __call__(self, tokens: Array) -> Array:
-        """Next-token logits: (B, S) int32 -> (B, S, V) float32."""
-        x = self.norm(self.stack(self.embed(tokens)))
+    def __call__(self, tokens: Array, segments: Array | None = None) -> Array:
+        """Next-token logits: (B, S) int32 -> (B, S, V) float32.
+
+        With `segments` (B, S), tokens of one number are a sequence of their own.
+        """
+        x = self.norm(self.stack(self.embed(tokens), segments))
         return jnp.dot(x, self.head_kernel(), preferred_element_type=jnp.float32)
 
-    def loss(self, inputs: Array, targets: Array, mask: Array | None = None) -> tuple[Array, Array]:
+    def loss(
+        self,
+        inputs: Array,
+        targets: Array,
+        mask: Array | None = None,
+        segments: Array | None = None,
+    ) -> tuple[Array, Array]:
         """Mean cross-entropy of `targets` given `inputs`.
 
         Args:
           inputs: (B, S) int32 tokens.
           targets: (B, S) int32 tokens, already shifted by the caller.
           mask: (B, S) bool or 0/1; `None` counts every position.
+          segments: (B, S) numbers; tokens of one number are a sequence of their own.
 
         Returns:
           The float32 mean over unmasked positions (zero if there are none) and their number.
         """
-        x = self.norm(self.stack(self.embed(inputs)))
+        x = self.norm(self.stack(self.embed(inputs), segments))
         return head_loss(self.config, self.head_kernel(), x, targets, mask)
 
-    def stack(self, x: Array) -> Array:
-        """All blocks: (B, S, d) -> (B, S, d)."""
+    def stack(self, x: Array, segments: Array | None = None) -> Array:
+        """All blocks: (B, S, d), and segments (B, S) -> (B, S, d)."""
         count, unroll = self.config.num_layers, backend.choose(self.config).unroll
         graphdef, layers = nnx.split(self.layers)
 
         def block(x, layer):
-            return nnx.merge(graphdef, layer)(x)
+            return nnx.merge(graphdef, layer)(x, segments)
 
         if self.config.remat:
             # Inside a scan XLA cannot merge the two computations, outside it would.
@@ -246,7 +256,7 @@ class Pieces(NamedTuple):
     """
 
     embed: Callable[[Params, Array], Array]  # (rest, tokens (B, S)) -> x (B, S, d)
-    block: Callable[[Params, Array], Array]  # (layer, x) -> x
+    block: Callable[..., Array]  # (layer, x, segments (B, S) or None by default) -> x
     head: Callable[[Params, Array], Array]  # (rest, x) -> logits (B, S, V) float32
     # (rest, x, targets (B, S), mask (B, S) or None) -> (mean loss, number of tokens)
     loss: Callable[[Params, Array, Array, Array | None], tuple[Array, Array]]
@@ -275,8 +285,8 @@ def pieces(config: LlamaConfig) -> Pieces:
     def embed(rest, tokens):
         return nnx.merge(embed_def, rest["embed"])(tokens)
 
-    def block(layer, x):
-        return nnx.merge(block_def, layer)(x)
+    def block(layer, x, segments=None):
+        return nnx.merge(block_def, layer)(x, segments)
 
     def ends(rest, x):
         tied = config.tie_embeddings

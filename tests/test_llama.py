@@ -173,7 +173,7 @@ class TestConfig:
         assert {name: PRESETS[name].num_params() for name in self.KNOWN} == self.KNOWN
         assert PRESETS["7b"].num_params() == 6_738_415_616
         assert PRESETS["100m"].vocab_size == 32_100
-        assert len(PRESETS) == 14
+        assert len(PRESETS) == 17
 
     @pytest.mark.parametrize("kv", [None, 1, 2, 4])
     @pytest.mark.parametrize("tied", [False, True])

@@ -163,14 +163,15 @@ def test_every_position_is_restored(data, batch_size, length):
 def test_lanes_join_whole_documents(data):
     """Rows of one lane, joined, are documents with END after each."""
     rows = batches.training(data, batches.LANES, 64, 0)
-    lane = np.concatenate([next(rows).targets[3] for _ in range(60)])
+    found = [next(rows) for _ in range(60)]
+    lane = np.concatenate([np.append(batch.inputs[3], batch.targets[3, -1]) for batch in found])
     pieces = np.split(lane, np.flatnonzero(lane == tokenizer.END) + 1)
     decoded = [data.tokenizer.decode(piece) for piece in pieces[:-1]]
     assert decoded and all(text in texts(data.train) for text in decoded)
 
 
 def test_the_held_out_stream_scores_every_token_once(data):
-    stream = batches.held_out(data)
+    stream = batches.held_out(data, 16)
     text = texts(data.validation)
     assert stream.text_bytes == sum(len(part.encode()) for part in text)
     scored, contexts = [], []

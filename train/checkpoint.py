@@ -22,18 +22,28 @@ from train.memory import mebibytes
 from train.step import State
 
 _SAVING = ".saving-"
-# Keys that change neither the parameters nor the metrics up to a given step.
-_FREE = ("run_dir", "resume", "data.path", "data.cache_dir", "checkpoint.", "log.print_every")
+# Keys that change neither the parameters nor the metrics up to a given step
+# (what the paths of the data lead to is in the corpus' key).
+_FREE = (
+    *("run_dir", "resume", "weights", "checkpoint.", "log.print_every", "data.path"),
+    *("data.validation_path", "data.tokenizer", "data.tfds_dir", "data.bad_shards"),
+    "data.cache_dir",
+)
 
 
-def fingerprint(config: Config, corpus_key: str, state: State) -> dict[str, Any]:
-    """What two runs must share for one to go on with the other's checkpoint, as JSON."""
+def fingerprint(
+    config: Config, corpus_key: str, state: State, weights_key: str | None = None
+) -> dict[str, Any]:
+    """What two runs must share for one to go on with the other's checkpoint, as JSON.
+
+    `weights_key` tells the pretrained weights that a run began from; None is random ones.
+    """
     keys = {key: value for key, value in flatten(config).items() if not key.startswith(_FREE)}
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), *leaf.shape]
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
-    return {"config": keys, "corpus": corpus_key, "leaves": leaves}
+    return {"config": keys, "corpus": corpus_key, "weights": weights_key, "leaves": leaves}
 
 
 class Checkpoints:
@@ -177,6 +187,11 @@ class Checkpoints:
             raise UsageError(
                 f"{where} was trained on another text or tokenizer than --data.path gives now; "
                 "give that text, or begin a new run in another --run_dir"
+            )
+        if meta.get("weights") != self._identity["weights"]:
+            raise UsageError(
+                f"{where} began from other weights than --weights gives now; give those, or begin "
+                "a new run in another --run_dir"
             )
         if meta["leaves"] != self._identity["leaves"]:
             theirs, ours = meta["leaves"], self._identity["leaves"]

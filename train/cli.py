@@ -1,6 +1,7 @@
 """The command line: two words choose the defaults, dotted keys change them.
 
-`--model NAME` (a size of `models.config.PRESETS`) and `--experiment NAME` (a recipe of
+`--model NAME` (a size of `models.config.PRESETS`, or the path of a pretrained model) and
+`--experiment NAME` (a recipe of
 `train.experiments`) are taken off first, because they decide the defaults of everything else.
 tyro reads the rest onto the configuration's dataclasses. Every mistake is one line.
 """
@@ -12,12 +13,21 @@ import io
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import tyro
 
 from models.config import PRESETS
-from train.config import READ_BY, Config, flatten, resolve, validate
+from train import weights
+from train.config import (
+    READ_BY,
+    Config,
+    DataConfig,
+    flatten,
+    resolve,
+    unread_data_keys,
+    validate,
+)
 from train.errors import TrainError, UsageError, no_space, one_line
 from train.experiments import EXPERIMENTS, summary
 
@@ -81,9 +91,10 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
       UsageError: anything unknown or impossible.
     """
-    rest, model = _take(list(arguments), "--model", DEFAULT_MODEL, PRESETS)
+    rest, model = _take(list(arguments), "--model", DEFAULT_MODEL, PRESETS, weights.is_path)
     rest, experiment = _take(rest, "--experiment", DEFAULT_EXPERIMENT, EXPERIMENTS)
-    default = EXPERIMENTS[experiment](Config(model=PRESETS[model]))
+    default = EXPERIMENTS[experiment](_first(model))
+    model = model if model in PRESETS else weights.name(model)
     wants_help = any(word in ("-h", "--help") for word in rest)
     given = set() if wants_help else _check_keys(rest, flatten(default))
     config = _read(rest, default, wants_help)
@@ -102,12 +113,31 @@ def parse(arguments: Sequence[str]) -> Command:
             raise UsageError(
                 f"--{key}: with --lora.only the adapters alone are trained, by AdamW; leave it out"
             )
+    for field, why in unread_data_keys(config.data).items():
+        if f"data.{field}" in given:
+            raise UsageError(f"--data.{field}: {why}; leave it out")
     config = resolve(config)
     validate(config)
+    weights.check(config)
     return Command(config, model, experiment, tuple(arguments))
 
 
-def _take(words: list[str], flag: str, default: str, known: Iterable[str]) -> tuple[list[str], str]:
+def _first(model: str) -> Config:
+    """The configuration of a size, or of a pretrained model at a path."""
+    if model in PRESETS:
+        return Config(model=PRESETS[model])
+    found = weights.header(model).config
+    pieces = min(DataConfig.vocab_size, found.vocab_size)
+    return Config(model=found, weights=model, data=DataConfig(vocab_size=pieces))
+
+
+def _take(
+    words: list[str],
+    flag: str,
+    default: str,
+    known: Iterable[str],
+    accepts: Callable[[str], bool] = lambda value: False,
+) -> tuple[list[str], str]:
     """Takes `flag NAME` or `flag=NAME` out of the words; the last one counts."""
     rest, value, index = [], default, 0
     while index < len(words):
@@ -122,7 +152,7 @@ def _take(words: list[str], flag: str, default: str, known: Iterable[str]) -> tu
         else:
             rest.append(word)
         index += 1
-    if value not in known:
+    if value not in known and not accepts(value):
         raise UsageError(f"{flag} {value}: unknown; {_nearest(value, known)}")
     return rest, value
 
@@ -178,12 +208,12 @@ def _read(words: list[str], default: Config, wants_help: bool) -> Config:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(_unbox(captured.getvalue())) from None
+        raise UsageError(unbox(captured.getvalue())) from None
     except ValueError as error:
         raise UsageError(error) from None
 
 
-def _unbox(box: str) -> str:
+def unbox(box: str, program: str = PROGRAM) -> str:
     """The message of one of tyro's boxes: its first section, without the frame."""
     lines: list[str] = []
     # On a terminal the box has colours, and without UTF-8 a frame of other characters.
@@ -195,7 +225,7 @@ def _unbox(box: str) -> str:
             continue
         lines.append(text)
     message = one_line(" ".join(lines)) or one_line(box)
-    return f"{message.rstrip('.')}; {PROGRAM} --help shows what it takes"
+    return f"{message.rstrip('.')}; {program} --help shows what it takes"
 
 
 def description() -> str:
@@ -210,7 +240,8 @@ def description() -> str:
         [
             "Trains a LLaMA. Two words choose the defaults, the keys below change them.",
             "",
-            f"--model NAME (default {DEFAULT_MODEL}), the size:",
+            f"--model NAME (default {DEFAULT_MODEL}), the size, or --model PATH of a Hugging Face",
+            "folder or .gguf file, which gives first weights and tokenizer too:",
             *sizes,
             "",
             f"--experiment NAME (default {DEFAULT_EXPERIMENT}), the recipe:",

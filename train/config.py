@@ -4,6 +4,7 @@ The field descriptions below are what `python -m train --help` shows.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from models.config import LlamaConfig
@@ -111,15 +112,79 @@ class DataConfig:
 
     path: str | None = None
     """A .txt file (documents: paragraphs between blank lines) or a folder of .txt files
-    (documents: files); None is the embedded corpus, the State of the Union addresses"""
-    vocab_size: int = 4096
-    """Pieces of the SentencePiece tokenizer, which is trained once on the training split"""
+    (documents: files); JSON lines with text, or with prompt and completion (.jsonl, .json, or
+    either with .gz: a file, folder, glob, or glob under gs:// or hf://); tfds:c4/en, as
+    tensorflow-datasets prepared it; None is the embedded corpus, addresses of American presidents
+    (State of the Union)"""
+    tfds_dir: str | None = None
+    """tfds: folder of the prepared data sets; None is tensorflow-datasets' own"""
+    validation_path: str | None = None
+    """Held-out documents of their own, in any of these forms; documents of path with the same text
+    are left out of training. None is the split validation of tfds, else a part of path"""
     validation_fraction: float = 0.1
-    """Share of the documents that is held out"""
+    """Without validation_path: share of the documents that is held out"""
     split_seed: int = 0
-    """Chooses which documents are held out"""
+    """Without validation_path: chooses which documents are held out"""
+    validation_tokens: int | None = None
+    """Tokens after which no more held-out documents are scored (papers: 10M); None scores all"""
+    bad_shards: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a file of JSON lines that is truncated, corrupt or gone: end with a message,
+    or leave it out with a warning"""
+    tokenizer: str | None = None
+    """A SentencePiece .model, a Hugging Face tokenizer.json, a folder with one, or `bytes`; None
+    trains SentencePiece once on the training split"""
+    vocab_size: int = 4096
+    """Without tokenizer: pieces that are trained"""
+    layout: Literal["packed", "documents"] = "packed"
+    """packed: documents joined end to end and cut into sequences; documents: one a sequence, cut or
+    padded, the padding masked in the loss and counted in the tokens of a step (GaLore's own
+    pipeline); examples of prompt and completion take it, and their completions alone are scored"""
+    segments: bool = False
+    """packed: tokens attend within their own document only"""
     cache_dir: str = ".cache/optax-subspace"
-    """Where the tokenizer and the records are kept for the next run"""
+    """Where the tokenizer, records, indexes and remote files are kept for the next run"""
+
+
+def kind_of_path(path: str | None) -> Literal["text", "tfds", "shards"]:
+    """What `--data.path` names, by its spelling and by what lies there.
+
+    >>> kind_of_path("tfds:c4/en"), kind_of_path("c4/c4-train.*.json.gz"), kind_of_path("a.txt")
+    ('tfds', 'shards', 'text')
+    """
+    if path is None:
+        return "text"
+    if path.startswith("tfds:"):
+        return "tfds"
+    lines = (".jsonl", ".json", ".gz")
+    if "://" in path or "*" in path or path.endswith(lines):
+        return "shards"
+    place = Path(path)
+    if place.is_dir() and any(p.name.endswith(lines) for p in place.rglob("*")):
+        return "shards"
+    return "text"
+
+
+def unread_data_keys(data: DataConfig) -> dict[str, str]:
+    """Fields of the data's configuration that nothing reads beside the others, and why.
+
+    >>> sorted(unread_data_keys(DataConfig(tokenizer="bytes")))
+    ['bad_shards', 'tfds_dir', 'vocab_size']
+    """
+    unread = {}
+    kinds = {kind_of_path(data.path)}
+    if data.validation_path is not None:
+        kinds.add(kind_of_path(data.validation_path))
+    if "tfds" not in kinds:
+        unread["tfds_dir"] = "no path begins with tfds:"
+    if "shards" not in kinds:
+        unread["bad_shards"] = "there are no JSON lines to read"
+    if data.tokenizer is not None:
+        unread["vocab_size"] = "--data.tokenizer has pieces of its own"
+    if data.validation_path is not None or data.path is not None and data.path.startswith("tfds:"):
+        unread |= dict.fromkeys(
+            ("validation_fraction", "split_seed"), "the held-out documents are given"
+        )
+    return unread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +246,9 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    weights: str | None = None
+    """Hugging Face folder or .gguf file that the first weights come from, and the tokenizer unless
+    one is named; --model PATH gives it along with the model's configuration"""
     run_dir: str | None = None
     """Folder of this run; None is a new one, runs/EXPERIMENT-MODEL-OPTIMIZER[-N]"""
     resume: bool = False
@@ -237,12 +305,20 @@ def validate(config: Config) -> None:
         )
     if config.lora.only and not config.lora.rank:
         raise UsageError("--lora.only: there are no adapters to train; give --lora.rank, e.g. 8")
+    if config.data.segments and config.data.layout != "packed":
+        raise UsageError(
+            "--data.segments: with --data.layout documents each sequence is one document; leave it "
+            "out"
+        )
+    most = config.data.validation_tokens
+    if most is not None and most < 1:
+        raise UsageError(f"--data.validation_tokens {most}: give a whole number of at least 1")
     if config.data.validation_fraction >= 1:
         raise UsageError(
             f"--data.validation_fraction {config.data.validation_fraction}: leaves nothing to "
             "train on; give a number below 1, e.g. 0.1"
         )
-    if config.data.vocab_size > config.model.vocab_size:
+    if config.data.tokenizer is None and config.data.vocab_size > config.model.vocab_size:
         raise UsageError(
             f"--data.vocab_size {config.data.vocab_size}: the tokenizer would have more pieces "
             f"than the model has embeddings; give at most --model.vocab_size "

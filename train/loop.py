@@ -4,6 +4,7 @@ import logging
 import math
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import numpy as np
 from models import lora
 from models.llama import pieces
 from optax_subspace import dequantize
-from train import batches, corpus, devices, memory, records, report, rundir
+from train import batches, corpus, devices, memory, records, report, rundir, weights
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import Command
 from train.clock import Clock
-from train.errors import DivergedError, Interrupted, one_line
+from train.errors import DivergedError, Interrupted, UsageError, one_line
 from train.optimizer import Optimizer, make
 from train.screen import Screen, duration
 from train.signals import Signals
@@ -34,6 +35,7 @@ from train.step import (
     make_subspace_step,
     make_train_step,
 )
+from train.tokenizer import check_vocabulary
 
 
 def run(command: Command) -> None:
@@ -50,8 +52,9 @@ def run(command: Command) -> None:
     if kind := devices.idle_accelerator():
         screen.say(f"warning: {devices.warning(kind)}")
 
-    data = corpus.load(config.data)
-    held_out = batches.held_out(data)
+    data = corpus.load(config.data, weights.tokenizer(config.weights), screen.say)
+    check_vocabulary(data.tokenizer, config.model.vocab_size, config.data.tokenizer or "None")
+    held_out = batches.held_out(data, config.train.sequence_length)
     stream = batches.training(
         data, config.train.batch_size, config.train.sequence_length, config.train.seed
     )
@@ -60,7 +63,10 @@ def run(command: Command) -> None:
     key = jax.random.key(config.train.seed)
     seed = config.train.seed if config.train.stochastic_rounding else None
     fused = make_fused(config.model, optimizer, seed) if is_fused else None
-    initial = jax.jit(lambda key: init_state(config.model, optimizer, key, int8, fused))
+    initial = jax.jit(
+        lambda key, params=None: init_state(config.model, optimizer, key, int8, fused, params),
+        donate_argnums=1,
+    )
     shapes = jax.eval_shape(initial, key)
 
     adapters = sum(leaf.size for leaf in lora.adapters(shapes.params))
@@ -70,10 +76,7 @@ def run(command: Command) -> None:
         f"{command.experiment} with {config.optimizer.name}.\n{data.name}.\n"
     )
     report.print_projection(screen, optimizer, jax.eval_shape(dequantize, shapes.params))
-    tokens = jax.ShapeDtypeStruct(
-        (config.train.batch_size, config.train.sequence_length), jnp.int32
-    )
-    batch = batches.Batch(tokens, tokens)
+    batch = batches.shapes(config.data, config.train.batch_size, config.train.sequence_length)
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
     jitted = make_train_step(config.model, optimizer, seed, fused)
@@ -94,7 +97,7 @@ def run(command: Command) -> None:
     checkpoints = Checkpoints(
         place.checkpoints,
         config.checkpoint.keep,
-        fingerprint(config, data.key, shapes),
+        fingerprint(config, data.key, shapes, weights.key(config.weights)),
         lambda line: screen.say(f"warning: {line}"),
     )
     state = checkpoints.restore(shapes, stream) if place.resumes else None
@@ -105,10 +108,16 @@ def run(command: Command) -> None:
     else:
         screen.say(f"Writing to {place.path}.")
     trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step)
+    if state is None:
+        first = config.weights and weights.read(config.weights, config.model, "--weights")
+        state = initial(key, first or None)
+        del first
+    weights.keep_tokenizer(data.tokenizer, place.path, weights.context(config))
     try:
-        trainer.train(initial(key) if state is None else state, stream)
+        trainer.train(state, stream)
     finally:
         screen.stop()
+        stream.close()
         trainer.close()
         lock.close()
 
@@ -123,7 +132,7 @@ class Trainer:
         place: rundir.RunDir,
         checkpoints: Checkpoints,
         optimizer: Optimizer,
-        held_out: batches.HeldOut,
+        held_out: batches.HeldOut | batches.HeldOutRows,
         train_step: Any,
     ):
         self.command, self.config = command, command.config
@@ -135,6 +144,7 @@ class Trainer:
         self.hamiltonian_step = make_hamiltonian_step(optimizer)
         self.finite = jax.jit(all_finite)
         self.files: list[records.Records] = []
+        self.input_wait = 0.0  # seconds
 
     def train(self, state: State, stream: Any) -> None:
         """All steps that are left, the final evaluation and the report."""
@@ -147,7 +157,7 @@ class Trainer:
         late = None  # the metrics of the step before: read while the device does the next one
         with Signals(self._interrupted_again) as signals:
             for step in range(done + 1, steps + 1):
-                batch = next(stream)
+                batch = self._take(stream, step, state, late)
                 state, metrics = self.train_step(state, batch)
                 self._record(late)
                 late = (step, metrics)
@@ -168,6 +178,23 @@ class Trainer:
                     raise Interrupted(self._how_to_resume(step), signals.received)
             self.screen.stop()
             self._finish(steps, state, self.clock.speed(), signals)
+
+    def _take(self, stream: Any, step: int, state: State, late: tuple[int, Metrics] | None) -> Any:
+        """The next batch; where the documents end badly, what was trained on is saved."""
+        began = time.perf_counter()
+        try:
+            return next(stream)
+        except UsageError as error:
+            self._record(late)
+            with self.clock.paused():
+                self._check(step - 1, state)
+                self.metrics.sync()
+                if step > 1:
+                    self.checkpoints.save(step - 1, state, stream)
+                    raise UsageError(f"{error} ({self._how_to_resume(step - 1)})") from None
+            raise
+        finally:
+            self.input_wait += time.perf_counter() - began
 
     def close(self) -> None:
         """Closes the files."""
@@ -209,7 +236,9 @@ class Trainer:
         self.screen.progress(step, steps, status, milestone)
         if milestone:
             row = {"kind": "speed", "step": step, "tokens_per_second": round(speed, 1)}
-            self.throughput.write(row | {"seconds": round(self.clock.seconds(), 3)})
+            row["seconds"] = round(self.clock.seconds(), 3)
+            # How long the device had nothing to do for want of a batch, since the run began.
+            self.throughput.write(row | {"input_wait_seconds": round(self.input_wait, 3)})
 
     def _check(self, step: int, state: State) -> None:
         """Ends the run before a state that holds no numbers is saved over good ones.
@@ -271,6 +300,8 @@ class Trainer:
         if not math.isfinite(loss):
             raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
         unigram = batches.unigram_entropy(self.held_out.targets)
+        # (None where documents were cut.)
+        text_bytes = self.held_out.text_bytes
         final: records.Row = {
             "kind": "final",
             "step": step,
@@ -278,7 +309,7 @@ class Trainer:
             "validation_loss": loss,
             # JSON has no infinity.
             "validation_perplexity": report.perplexity(loss) if loss < report.HIGHEST else None,
-            "bits_per_byte": batches.bits_per_byte(loss * tokens, self.held_out.text_bytes),
+            "bits_per_byte": text_bytes and batches.bits_per_byte(loss * tokens, text_bytes),
             "unigram_loss": unigram,
             "unigram_perplexity": float(np.exp(unigram)),
             "scored": tokens,

@@ -11,7 +11,7 @@ from jax.extend.core import Var
 from models import lora
 from models.llama import Pieces
 from optax_subspace import dequantize
-from train.step import State
+from train.step import State, block_input, run_block
 
 # With a schedule, as the trainer runs it.
 _ADAMW = optax.adamw(lambda step: 1e-3)
@@ -86,9 +86,9 @@ def predict(
         layers = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p["layers"]), arrays)
         rest = {name: part for name, part in arrays.items() if name != "layers"}
         gradients = max(tree_bytes(trained(part)) for part in (layers, *rest.values()))
-        x = jax.eval_shape(lambda p, b: parts.embed(p, b.inputs), arrays, batch)
-        one = _saved_bytes(lambda layer, x: parts.block(layer, x), layers, x)
-        head = lambda part, b: parts.loss(part[0], part[1], b.targets, b.mask)[0]
+        x = jax.eval_shape(lambda p, b: block_input(parts, p, b), arrays, batch)
+        one = _saved_bytes(lambda layer, x: run_block(parts, layer, x), layers, x)
+        head = lambda part, b: parts.loss(part[0], part[1][0], b.targets, b.mask)[0]
         end = _saved_bytes(head, (rest, x), batch)
         count = jax.tree.leaves(arrays["layers"])[0].shape[0]
         # The loss ends before the walk begins, which has one block's at a time.

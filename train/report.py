@@ -65,7 +65,7 @@ def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path
     rows = [
         ["validation loss", f"{loss:.4f} nats a token"],
         ["perplexity", f"{ours:.2f}"],
-        ["bits per byte", f"{final['bits_per_byte']:.4f}"],
+        *([["bits per byte", f"{final['bits_per_byte']:.4f}"]] if final["bits_per_byte"] else []),
         [
             "unigram entropy of the same text",
             f"{unigram:.4f} nats (perplexity {yardstick:.2f}; ours is {ours / yardstick:.3f} "

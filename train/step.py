@@ -47,9 +47,13 @@ def init_state(
     key: jax.Array,
     int8_weights: bool = False,
     fused: FusedStep | None = None,
+    params: Any = None,
 ) -> State:
-    """The state before the first step; under `jax.eval_shape` nothing is allocated."""
-    params = llama.init_params(model, key)
+    """The state before the first step; under `jax.eval_shape` nothing is allocated.
+
+    Pretrained `params` take the place of random ones.
+    """
+    params = llama.init_params(model, key) if params is None else params
     if optimizer.adapters.rank:
         of_adapters = jax.random.fold_in(key, 1)
         params = lora.add(params, optimizer.adapters.rank, optimizer.adapters.alpha, of_adapters)
@@ -70,9 +74,9 @@ def make_fused(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None
     """The model's parts and the optimizer in a fused backward pass."""
     parts, trained = llama.pieces(model), _trained(optimizer)
     return fused_backward(
-        lambda rest, batch: parts.embed(trained(rest), batch.inputs),
-        lambda layer, x: parts.block(trained(layer), x),
-        lambda rest, x, batch: parts.loss(trained(rest), x, batch.targets, batch.mask)[0],
+        lambda rest, batch: block_input(parts, trained(rest), batch),
+        lambda layer, x: run_block(parts, trained(layer), x),
+        lambda rest, x, batch: parts.loss(trained(rest), x[0], batch.targets, batch.mask)[0],
         optimizer.tx,
         clip_norm=optimizer.clip_norm,
         grad_norm=True,
@@ -82,11 +86,25 @@ def make_fused(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None
     )
 
 
+def block_input(parts: llama.Pieces, rest: Any, batch: Batch) -> tuple[jax.Array, ...]:
+    """What the blocks hand on: x (B, S, d), and a batch's segments (B, S), if it has any.
+
+    As float32, since the walk takes the cotangent of all that is handed on.
+    """
+    segments = () if batch.segments is None else (batch.segments.astype(jnp.float32),)
+    return parts.embed(rest, batch.inputs), *segments
+
+
+def run_block(parts: llama.Pieces, layer: Any, x: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """One block of what `block_input` begins."""
+    return parts.block(layer, *x), *x[1:]
+
+
 def make_loss(model: LlamaConfig, optimizer: Optimizer) -> Callable[[Any, Batch], jax.Array]:
     """A function of parameters and a batch: mean nats a token, ()."""
     definition, trained = llama.graphdef(model), _trained(optimizer)
     return lambda params, batch: llama.merge(definition, trained(params)).loss(
-        batch.inputs, batch.targets, batch.mask
+        batch.inputs, batch.targets, batch.mask, batch.segments
     )[0]
 
 
@@ -174,7 +192,7 @@ def make_eval_step(model: LlamaConfig) -> Any:
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = llama.merge(definition, dequantize(params))
-        loss, count = model.loss(batch.inputs, batch.targets, batch.mask)
+        loss, count = model.loss(batch.inputs, batch.targets, batch.mask, batch.segments)
         return loss * count, count
 
     return jax.jit(eval_step)

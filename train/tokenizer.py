@@ -1,23 +1,29 @@
-"""A SentencePiece tokenizer, trained once on the training split and kept.
+"""Tokenizers: SentencePiece, Hugging Face's `tokenizer.json`, bytes, and pieces trained here.
 
-Byte-pair pieces without any normalisation, and a piece for every byte, so that text comes back as
-it was (the one exception: U+2581, SentencePiece's sign for a space, comes back as a space).
+Without `--data.tokenizer` pieces are trained once on the training split and kept: byte-pair pieces
+without any normalisation, and a piece for every byte, so that text comes back as it was (the one
+exception: U+2581, SentencePiece's sign for a space, comes back as a space).
 """
 
 import io
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
+import tokenizers
 
 from train import cache
 from train.config import LEAST_PIECES
-from train.errors import UsageError
+from train.errors import UsageError, one_line
 
-UNKNOWN, END = 0, 1  # ids; END stands before the first document and after each
+BYTES = "bytes"  # --data.tokenizer's word for no pieces at all
+UNKNOWN, END = 0, 1  # ids of the pieces that are trained here
+# What ends a text in models whose files don't say it, the commonest first.
+_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 _SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -35,32 +41,209 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-class Tokenizer:
-    """Text to ids and back.
-
-    Args:
-      model: a serialised SentencePiece model.
-    """
-
-    def __init__(self, model: bytes):
-        self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+class Tokenizer(Protocol):
+    """Text to ids and back."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces."""
-        return self._processor.vocab_size()
+        """Ids are below it."""
+
+    @property
+    def end(self) -> int:
+        """The id that stands before the first document and after each."""
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 ids of a document, with END after it."""
-        return np.asarray([*self._processor.encode(text), END], np.int32)
+        """int32 ids of a document, with `end` after it."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without END."""
-        return self._processor.decode([int(i) for i in ids if i != END])
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids, without `end`."""
 
-    def __reduce__(self):
-        return Tokenizer, (self._model,)
+
+class Pieces:
+    """A SentencePiece model.
+
+    Args:
+      model: the serialised model.
+
+    Raises:
+      ValueError: that is no such model, or it has no piece that ends a text.
+    """
+
+    def __init__(self, model: bytes):
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"is no SentencePiece model ({one_line(error)})") from None
+        self.key = cache.digest([model])
+        self.vocab_size: int = self._processor.vocab_size()
+        self.end: int = self._processor.eos_id()
+        if self.end < 0:
+            raise ValueError("has no piece that ends a text (eos, usually </s>)")
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 ids of a document, with `end` after it."""
+        return np.asarray([*self._processor.encode(text), self.end], np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids, without `end`."""
+        return self._processor.decode([int(i) for i in ids if i != self.end])
+
+
+class HuggingFace:
+    """A `tokenizer.json`, as `transformers` would read it, without what its template adds.
+
+    Args:
+      text: contents of the file.
+      end: the token that ends a text; None takes the first of `</s>`, `<|endoftext|>`,
+        `<|end_of_text|>` and `<eos>` that it has.
+
+    Raises:
+      ValueError: the text is no such file, or the token isn't in it.
+    """
+
+    def __init__(self, text: str, end: str | None = None):
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"is no tokenizer.json ({one_line(error)[:200]})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        names = _ENDS if end is None else (end,)
+        ids = [self._tokenizer.token_to_id(name) for name in names]
+        found = [number for number in ids if number is not None]
+        if not found:
+            raise ValueError(f"has no token that ends a text (looked for {', '.join(names)})")
+        self.end: int = found[0]
+        # Not `get_vocab_size()`: ids may have gaps.
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.key = cache.digest([text, str(self.end)])
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 ids of a document, with `end` after it."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.asarray([*ids, self.end], np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids, without `end`."""
+        kept = [int(i) for i in ids if i != self.end]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+
+class Bytes:
+    """UTF-8 bytes as ids 0 to 255, and 256 for the end.
+
+    >>> Bytes().encode("hé").tolist()
+    [104, 195, 169, 256]
+    >>> Bytes().decode([104, 195, 169, 256])
+    'hé'
+    """
+
+    key = BYTES
+    vocab_size = 257
+    end = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 ids of a document, with `end` after it."""
+        ids = np.empty(len(data := text.encode()) + 1, np.int32)
+        ids[:-1], ids[-1] = np.frombuffer(data, np.uint8), self.end
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids, without `end`; what is no UTF-8 becomes U+FFFD."""
+        return bytes(int(i) for i in ids if i != self.end).decode(errors="replace")
+
+
+def open_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a `.model` or `.json` file, of a folder with one, or `bytes`.
+
+    The end of a text is SentencePiece's own eos. Beside a `tokenizer.json` it stands in
+    `tokenizer_config.json`, `special_tokens_map.json` (`eos_token`) or `generation_config.json`,
+    `config.json` (`eos_token_id`); where none of them says it, see `HuggingFace`.
+
+    >>> open_tokenizer("bytes").vocab_size
+    257
+
+    Raises:
+      UsageError: there is no such file, or it can't be read as a tokenizer.
+    """
+    if path == BYTES:
+        return Bytes()
+    place, told = Path(path), f"--data.tokenizer {path or repr(path)}"
+    if path and place.is_dir():
+        names = ("tokenizer.json", "tokenizer.model", "spiece.model")
+        found = [place / name for name in names if (place / name).is_file()]
+        if not found:
+            raise UsageError(f"{told}: the folder holds none of {', '.join(names)}; give the file")
+        place = found[0]
+    if not path.strip() or not place.is_file():
+        raise UsageError(
+            f"{told}: no such file; give a SentencePiece .model, a tokenizer.json, or {BYTES}"
+        )
+    try:
+        if place.suffix == ".json":
+            return HuggingFace(place.read_text(encoding="utf-8"), _end_beside(place))
+        return Pieces(place.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{told}: can't be read ({error.strerror}); give another file") from None
+    except ValueError as error:
+        raise UsageError(
+            f"{told}: {one_line(error)}; give a SentencePiece .model, or a tokenizer.json with the "
+            "files that came with it"
+        ) from None
+
+
+def _end_beside(file: Path) -> str | None:
+    """The token that ends a text by the files beside a tokenizer.json."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _json(file.with_name(name)).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    for name in ("generation_config.json", "config.json"):
+        number = _json(file.with_name(name)).get("eos_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int):
+            names = [t for t in _json(file).get("added_tokens", []) if t.get("id") == number]
+            if names:
+                return names[0].get("content")
+    return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
+
+
+def check_vocabulary(tokenizer: Tokenizer, embeddings: int, name: str) -> None:
+    """Refuses a tokenizer with more ids than a model has embeddings.
+
+    >>> check_vocabulary(Bytes(), 257, "bytes")
+
+    Raises:
+      UsageError: it says both numbers.
+    """
+    if tokenizer.vocab_size > embeddings:
+        raise UsageError(
+            f"--data.tokenizer {name}: has {tokenizer.vocab_size} ids, more than the "
+            f"{embeddings} embeddings of --model.vocab_size; give --model.vocab_size "
+            f"{tokenizer.vocab_size}"
+        )
+
+
+def identity(tokenizer: Tokenizer, sample: str) -> str:
+    """Changes with the tokenizer: by its contents if it tells their `key`, else by what it makes of
+    a sample of text.
+
+    >>> identity(Bytes(), "any") == identity(Bytes(), "other")
+    True
+    """
+    key = getattr(tokenizer, "key", None)
+    if key is not None:
+        return str(key)
+    shape = f"{tokenizer.vocab_size} {tokenizer.end}"
+    return cache.digest([shape, tokenizer.encode(sample).tobytes()])
 
 
 def fit(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -94,8 +277,8 @@ def _explained(error: RuntimeError, vocab_size: int) -> UsageError:
     return UsageError(f"--data.vocab_size {vocab_size}: {advice}")
 
 
-def load_or_fit(texts: Sequence[str], vocab_size: int, cache_dir: Path) -> tuple[Tokenizer, bool]:
-    """The tokenizer of `texts`, and whether it was there already."""
+def load_or_fit(texts: Sequence[str], vocab_size: int, cache_dir: Path) -> tuple[Pieces, bool]:
+    """The pieces trained on `texts`, and whether they were there already."""
     settings = f"{sorted(_SETTINGS.items())} {vocab_size} {sentencepiece.__version__}"
     folder = cache_dir / f"tokenizer-{cache.digest([settings, *texts])[:16]}"
     fitted = False
@@ -106,4 +289,4 @@ def load_or_fit(texts: Sequence[str], vocab_size: int, cache_dir: Path) -> tuple
         (target / "tokenizer.model").write_bytes(fit(texts, vocab_size))
 
     model = (cache.built(folder, build) / "tokenizer.model").read_bytes()
-    return Tokenizer(model), not fitted
+    return Pieces(model), not fitted

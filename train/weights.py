@@ -1,0 +1,189 @@
+"""First weights from a pretrained model: `--model PATH` and `--weights PATH`.
+
+A Hugging Face folder or a .gguf file gives the model's configuration, its weights and, where the
+user names none, the tokenizer.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as Raw
+
+from models import pretrained
+from models.config import LlamaConfig
+from train.config import Config
+from train.errors import UsageError
+from train.tokenizer import HuggingFace, Pieces, Tokenizer, open_tokenizer
+
+# What must be as in the weights; all else may be chosen.
+_SHAPES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "kv_heads",
+    "num_layers",
+    "tie_embeddings",
+)
+TOKENIZERS, ABOUT = ("tokenizer.json", "tokenizer.model"), "tokenizer_config.json"
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+def is_path(word: str) -> bool:
+    """Whether a word means a folder or file, not a name.
+
+    >>> is_path("60m"), is_path("models/SmolLM2"), is_path("SmolLM2.gguf")
+    (False, True, True)
+    """
+    return "/" in word or os.sep in word or word.endswith(".gguf") or Path(word).is_dir()
+
+
+def name(path: str) -> str:
+    """What a run on these weights is called.
+
+    >>> name("models/SmolLM2-135M/"), name("SmolLM2.Q4_1.gguf")
+    ('SmolLM2-135M', 'SmolLM2.Q4_1')
+    """
+    place = Path(path)
+    place = place if place.name else place.resolve()
+    return place.stem if place.suffix == ".gguf" else place.name
+
+
+def header(path: str, flag: str = "--model") -> pretrained.Header:
+    """What a folder or file says about its model.
+
+    Raises:
+      UsageError: nothing is there, it is damaged, or of another kind of model.
+    """
+    try:
+        return pretrained.read_header(Path(path))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{flag} {path}: {_after(error, path)}") from None
+
+
+def read(path: str, config: LlamaConfig, flag: str = "--model") -> Any:
+    """The weights as nested dicts of NumPy arrays in `config.param_dtype`.
+
+    Raises:
+      UsageError: they are damaged or don't fit; the message names the tensor.
+    """
+    try:
+        return pretrained.read_params(Path(path), config)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{flag} {path}: {_after(error, path)}") from None
+
+
+def check(config: Config) -> None:
+    """Refuses first weights of other shapes than the model's; reads headers alone."""
+    if config.weights is None:
+        return
+    theirs = header(config.weights, "--weights").config
+    for field in _SHAPES:
+        ours, wanted = getattr(config.model, field), getattr(theirs, field)
+        if ours != wanted:
+            key = "num_kv_heads" if field == "kv_heads" else field
+            raise UsageError(
+                f"--model.{key} {ours}: the weights in {config.weights} are of a model with "
+                f"{wanted}; leave it out, or give --model {config.weights}"
+            )
+
+
+def tokenizer(path: str | None) -> Tokenizer | None:
+    """The tokenizer beside or within the weights; None if there is none.
+
+    Raises:
+      UsageError: there is one that can't be read.
+    """
+    if path is None:
+        return None
+    place = Path(path)
+    if place.is_dir():
+        files = [place / name for name in TOKENIZERS if (place / name).is_file()]
+        return open_tokenizer(str(files[0])) if files else None
+    # Here and not above: gguf is an extra.
+    from models.gguf import read_tokenizer
+
+    end = header(path).end
+    try:
+        text = read_tokenizer(place)
+        return HuggingFace(text, None if end is None else Raw.from_str(text).id_to_token(end))
+    except ValueError as error:
+        raise UsageError(f"--model {path}: {_after(error, path)}") from None
+
+
+def start(path: str) -> tuple[int, ...]:
+    """Ids that the model's own tokenizer sets before each text: the first of a text, or nothing."""
+    place = Path(path)
+    if place.suffix == ".gguf":
+        from models.gguf import first_token
+
+        first = first_token(place)
+        return () if first is None else (first,)
+    if (place / TOKENIZERS[0]).is_file():
+        raw = Raw.from_file(str(place / TOKENIZERS[0]))
+        ids = raw.encode("").ids
+        return tuple(ids[:1])
+    if (place / TOKENIZERS[1]).is_file():
+        about = place / ABOUT
+        known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        # As transformers, which sets it unless it is told not to.
+        first = SentencePieceProcessor(model_file=str(place / TOKENIZERS[1])).bos_id()
+        return (first,) if first >= 0 and known.get("add_bos_token", True) else ()
+    return ()
+
+
+def context(config: Config) -> int:
+    """The longest sequence, in tokens, that the model of a run is made for."""
+    length = config.train.sequence_length
+    return length if config.weights is None else max(length, header(config.weights).context)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """Writes a tokenizer's file into a folder, for whoever uses the model there.
+
+    What it doesn't say, the token that ends a text and the model's context, goes beside it.
+    """
+    about: dict[str, Any] = {"model_max_length": context}
+    if isinstance(tokenizer, HuggingFace):
+        raw = tokenizer._tokenizer
+        (folder / TOKENIZERS[0]).write_text(raw.to_str(), encoding="utf-8")
+        about["tokenizer_class"] = "PreTrainedTokenizerFast"
+        about["eos_token"] = raw.id_to_token(tokenizer.end)
+    elif isinstance(tokenizer, Pieces):
+        (folder / TOKENIZERS[1]).write_bytes(tokenizer._processor.serialized_model_proto())
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def key(path: str | None) -> str | None:
+    """Changes with the weights: by the files' names, sizes and samples of their contents.
+
+    Not by all of their contents, which would take a minute for a large model at each start.
+    """
+    if path is None:
+        return None
+    place = Path(path)
+    files = [place]
+    if place.is_dir():
+        files = sorted(p for p in place.iterdir() if p.suffix == ".safetensors")
+        files.append(place / "config.json")
+    total = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        inner = file.name if place.is_dir() else ""
+        total.update(f"{inner}\n{size}\n".encode())
+        with open(file, "rb") as stream:
+            for number in range(_SAMPLES):
+                stream.seek(number * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                total.update(stream.read(_SAMPLE_BYTES))
+    return total.hexdigest()
+
+
+def _after(error: Exception, path: str) -> str:
+    """The message without the path that is named before it anyway."""
+    if isinstance(error, OSError):
+        return f"{error.filename or path} can't be read ({error.strerror}); check its permissions"
+    return str(error).removeprefix(f"{Path(path)}: ")
