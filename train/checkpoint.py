@@ -23,7 +23,10 @@ from train.step import State
 
 _SAVING = ".saving-"
 # Keys that change neither the parameters nor the metrics up to a given step.
-_FREE = ("run_dir", "resume", "data.path", "data.cache_dir", "checkpoint.", "log.print_every")
+_FREE = (
+    *("run_dir", "resume", "data.path", "data.cache_dir", "checkpoint."),
+    *("log.print_every", "log.tensorboard"),
+)
 
 
 def fingerprint(config: Config, corpus_key: str, state: State) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Before training: what is projected, and memory by part. After it: the result and the figure."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from optax_subspace import describe
+from train.cache import write_atomically
 from train.memory import Measured, Predicted, mebibytes
 from train.optimizer import Optimizer
 from train.records import Row
@@ -56,6 +58,16 @@ def print_memory(
     screen.say("")
     screen.table("Memory of a step:", ["part", "predicted", "compiled", ""], rows)
     screen.say("")
+
+
+def save_memory(path: Path, predicted: Predicted, measured: Measured | None) -> None:
+    """The same in bytes, as JSON."""
+    whole = lambda part: part._asdict() | {"total": part.total}
+    table = {
+        "predicted": whole(predicted) | {"temporaries": predicted.temporaries},
+        "compiled": None if measured is None else whole(measured),
+    }
+    write_atomically(path, json.dumps(table, indent=2) + "\n")
 
 
 def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path]) -> None:
