@@ -78,7 +78,7 @@ def scan(path: Path) -> tuple[list[Row], int | None]:
             break
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return rows, number
         if not _is_row(row):
             return rows, number
