@@ -80,8 +80,8 @@ held-out split, filled ones on all of it. Time is that of training alone.</p>
 
 def draw(runs: Sequence[Run]) -> str:
     """The figure as an SVG element: losses, gradient norm, rate, captured energy, throughput."""
-    # Names are text, not mathematics, and letters stay letters.
-    plain: Any = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "runs"}
+    # Letters stay letters, which can be read aloud and searched.
+    plain: Any = {"svg.fonttype": "none", "svg.hashsalt": "runs"}
     with matplotlib.rc_context(plain):
         figure = Figure(figsize=(12, 12.5), layout="constrained")
         FigureCanvasSVG(figure)
@@ -92,12 +92,16 @@ def draw(runs: Sequence[Run]) -> str:
             panel.set(title=title, xlabel=x, ylabel=y)
             if scale == "log" and any(np.any(line.get_ydata() > 0) for line in panel.lines):
                 panel.set_yscale("log")
+            if scale == "from 0":
+                panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
             if not panel.lines:
                 panel.text(0.5, 0.5, "not measured", ha="center", transform=panel.transAxes)
         # (A name that begins with an underscore would be left out by itself.)
         names = [f"{number}: {run.name}" for number, run in enumerate(runs, 1)]
-        figure.legend(handles, names, loc="outside upper center", ncols=min(3, len(runs)))
+        legend = figure.legend(handles, names, loc="outside upper center", ncols=min(3, len(runs)))
+        for name in legend.get_texts():
+            name.set_parse_math(False)  # a dollar in a name is no formula
         text = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=nothing)
@@ -111,8 +115,8 @@ _PANELS = (
     ((0, 1), "Loss by time", "time in training (s)", "loss (nats a token)", "linear"),
     ((1, 0), "Gradient norm", "step", "global norm before clipping", "log"),
     ((1, 1), "Effective learning rate", "step", "learning rate x scale", "linear"),
-    ((2, 0), "Captured energy", "step", "share of the gradient in the subspaces", "linear"),
-    ((2, 1), "Throughput", "step", "tokens/s", "linear"),
+    ((2, 0), "Captured energy", "step", "share of the gradient in the subspaces", "from 0"),
+    ((2, 1), "Throughput", "step", "tokens/s", "from 0"),
 )
 
 
