@@ -5,15 +5,18 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from models import llama
 from models.config import PRESETS, LlamaConfig
+from optax_subspace import random_projection, scale_by_subspace
 from tests.train_helpers import events
-from train import flops, records, tensorboard, throughput
+from train import flops, records, report, tensorboard, throughput
 from train.cli import main, parse
 from train.clock import Clock
-from train.optimizer import make, skipped_gradients
+from train.optimizer import skipped_gradients
+from train.screen import Screen
 
 
 def test_model_flops_are_those_of_the_products():
@@ -45,8 +48,8 @@ def test_model_flops_match_the_compilers_count():
     params = jax.eval_shape(lambda k: llama.init_params(c, k), jax.random.key(0))
     definition = llama.graphdef(c)
     loss = lambda p, x: llama.merge(definition, p).loss(x, x)[0]
-    counted = jax.jit(jax.grad(loss)).lower(params, tokens).compile().cost_analysis()["flops"]
-    # The compiler also counts norms, softmax and the like.
+    counted = jax.jit(jax.grad(loss)).lower(params, tokens).cost_analysis()["flops"]
+    # Norms, softmax and the like are counted too.
     assert 1 < counted / (flops.per_token(c, 64) * 128) < 1.1
 
 
@@ -112,18 +115,35 @@ def test_a_row_of_speed(monkeypatch):
 
 
 def test_skipped_gradients_are_counted_leaf_by_leaf():
-    tx = make(parse(["--optimizer.name", "online_subspace_descent"]).config.optimizer, 5).tx
-    params = {"layers": {"q": {"kernel": jnp.ones((3, 40, 40))}}, "norm": jnp.ones(8)}
-    state = jax.jit(tx.init)(params)
+    projector = random_projection(every=5)
+    tx = optax.chain(scale_by_subspace(optax.identity(), rank=2, projector=projector))
+    params = {"a": jnp.ones((6, 4)), "b": jnp.ones(3)}
+    state = tx.init(params)
     assert skipped_gradients(state) == 0
     bad = jax.tree.map(lambda x: x * jnp.nan, params)
     update = jax.jit(lambda state, gradients: tx.update(gradients, state, params)[1])
-    for gradients in (bad, params, bad):
+    for gradients in (bad, params, {**params, "b": bad["b"]}):
         state = update(state, gradients)
-    assert skipped_gradients(state) == 4
-    # Full-rank AdamW counts none.
-    adamw = make(parse(["--optimizer.name", "adamw"]).config.optimizer, 5).tx
-    assert skipped_gradients(adamw.init(params)) == 0
+    assert skipped_gradients(state) == 3
+    # A fused step has a count for each layer.
+    assert skipped_gradients({"layers": jax.tree.map(lambda x: jnp.stack([x, x]), state)}) == 6
+    assert skipped_gradients(optax.adamw(1e-3).init(params)) == 0
+
+
+def test_the_last_table_tells_the_speed(capsys):
+    final = {"validation_loss": 2.0, "unigram_loss": 4.0, "unigram_perplexity": 54.6}
+    final |= {"bits_per_byte": 1.0, "tokens": 5}
+    speed = {"tokens_per_second": 2e4, "tokens_per_second_per_device": 1e4, "devices": 2}
+    speed |= {"model_flops_per_second": 1.5e14, "utilisation": 0.25, "device": "TPU v4"}
+    report.print_result(Screen(), final, speed | {"peak_bytes": 2**30}, {})
+    out = " ".join(capsys.readouterr().out.split())
+    assert "tokens/s 20,000 (10,000 on each of 2 devices)" in out
+    assert "model FLOP/s 1.5e+14 (25.0% of the peak of TPU v4)" in out
+    assert "peak memory of a device 1,024.00 MiB" in out
+    speed |= {"devices": 1, "utilisation": None, "peak_bytes": None}
+    report.print_result(Screen(), final, speed, {})
+    out = capsys.readouterr().out
+    assert "device" not in out and "peak" not in out
 
 
 def test_events_are_the_rows_that_stand(tmp_path):

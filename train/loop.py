@@ -180,7 +180,8 @@ class Trainer:
                 if signals.received and step < steps:
                     raise Interrupted(self._how_to_resume(step), signals.received)
             self.screen.stop()
-            self._finish(steps, state, self.clock.speed(), signals)
+            speed = throughput.row(steps, done, self.clock, config)
+            self._finish(steps, state, speed, signals)
 
     def close(self) -> None:
         """Closes the files."""
@@ -286,7 +287,7 @@ class Trainer:
                 raise Interrupted(self._how_to_resume(self.config.train.steps), signals.received)
         return total / count, count
 
-    def _finish(self, step: int, state: State, speed: float, signals: Signals) -> None:
+    def _finish(self, step: int, state: State, speed: records.Row, signals: Signals) -> None:
         """Scores the whole held-out split, draws and prints; the last checkpoint is saved."""
         loss, tokens = self._evaluate(state, signals=signals)
         if not math.isfinite(loss):

@@ -79,8 +79,8 @@ def save_memory(path: Path, predicted: Predicted, measured: Measured | None) -> 
     write_atomically(path, json.dumps(table, indent=2) + "\n")
 
 
-def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path]) -> None:
-    """The last table."""
+def print_result(screen: Screen, final: Row, speed: Row, paths: dict[str, Path]) -> None:
+    """The last table; `speed` is the row of `train.throughput` for the last step."""
     loss, unigram = final["validation_loss"], final["unigram_loss"]
     ours, yardstick = perplexity(loss), final["unigram_perplexity"]
     rows = [
@@ -93,7 +93,7 @@ def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path
             "of it)",
         ],
         ["tokens trained on", f"{final['tokens']:,}"],
-        ["tokens/s", f"{speed:,.0f}" if speed else "no step was left to train"],
+        *_speed_lines(speed),
         *([name, str(path)] for name, path in paths.items()),
     ]
     screen.say("")
@@ -101,6 +101,22 @@ def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         screen.say(f"{name.ljust(width)}  {value}")
+
+
+def _speed_lines(speed: Row) -> list[list[str]]:
+    total, devices = speed["tokens_per_second"], speed["devices"]
+    if not total:
+        return [["tokens/s", "no step was left to train"]]
+    each = f" ({speed['tokens_per_second_per_device']:,.0f} on each of {devices} devices)"
+    share = speed["utilisation"]
+    of_peak = "" if share is None else f" ({share:.1%} of the peak of {speed['device']})"
+    lines = [
+        ["tokens/s", f"{total:,.0f}{each if devices > 1 else ''}"],
+        ["model FLOP/s", f"{speed['model_flops_per_second']:.3g}{of_peak}"],
+    ]
+    if speed["peak_bytes"] is not None:
+        lines.append(["peak memory of a device", mebibytes(speed["peak_bytes"])])
+    return lines
 
 
 HIGHEST = 700.0  # nats whose exponential is still a number
