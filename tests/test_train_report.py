@@ -90,7 +90,7 @@ def test_two_runs_in_a_table_and_a_page(tmp_path, capsys):
         "skipped gradients of leaves": ["6", "-"],
         "tokens/s": ["200", "200"],
         "tokens/s per device": ["100", "100"],
-        "model TFLOP/s": ["5", "5"],
+        "model FLOP/s": ["5e+12", "5e+12"],
         "utilisation of the peak": ["37.5%", "37.5%"],
         "device": ["2 x NVIDIA L4", "2 x NVIDIA L4"],
         "memory: weights and state": ["8.00 MiB", "8.00 MiB"],

@@ -121,7 +121,7 @@ _FIGURES: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("skipped gradients of leaves", _last("final", "skipped_gradients", lambda n: f"{n:.0f}")),
     ("tokens/s", _last("speed", "tokens_per_second", lambda n: f"{n:,.0f}")),
     ("tokens/s per device", _last("speed", "tokens_per_second_per_device", lambda n: f"{n:,.0f}")),
-    ("model TFLOP/s", _last("speed", "model_flops_per_second", lambda n: f"{n / 1e12:,.4g}")),
+    ("model FLOP/s", _last("speed", "model_flops_per_second", lambda n: f"{n:.3g}")),
     ("utilisation of the peak", _last("speed", "utilisation", lambda n: f"{n:.1%}")),
     ("device", _device),
     ("memory: weights", _memory("weights")),
