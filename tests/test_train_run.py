@@ -17,6 +17,7 @@ import pytest
 from tests.train_helpers import (
     ROOT,
     TINY,
+    events,
     finish,
     kill_at,
     signal_at,
@@ -37,7 +38,7 @@ def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     return [
         *TINY,
-        "--log.hamiltonian",
+        *["--log.hamiltonian", "--log.tensorboard"],
         *["--data.path", str(write_text(folder / "text"))],
         *["--data.cache_dir", str(folder / "cache")],
     ]
@@ -57,6 +58,11 @@ def parameters(folder: Path, step: int = LAST):
     tree = ocp.StandardCheckpointer().restore(path)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def metric_events(folder: Path):
+    """TensorBoard's events of the rows that depend on no clock."""
+    return [event for event in events(folder / "tensorboard") if "speed/" not in event[1]]
 
 
 def assert_same_run(folder: Path, reference: Path):
@@ -109,10 +115,26 @@ def test_a_run_says_and_leaves_what_it_should(reference):
     final = rows[-1]
     assert final["kind"] == "final" and final["tokens"] == LAST * 32
     assert final["validation_perplexity"] == pytest.approx(np.exp(final["validation_loss"]))
+    assert final["skipped_gradients"] == 0
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["35", "40"]
     config = json.loads((folder / "config.json").read_text())
     assert config["optimizer.learning_rate"] == 0.01 and config["train.steps"] == LAST
+    table = json.loads((folder / "memory.json").read_text())
+    for part in table["predicted"], table["compiled"]:
+        assert part["total"] > part["weights"] > 0 and part["optimizer_state"] > 0
+    speeds = [json.loads(line) for line in (folder / "throughput.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["after"]) for row in speeds] == [(n, 0) for n in (10, 20, 30, 40)]
+    for row in speeds:
+        assert row["model_flops_per_second"] > 0 and row["utilisation"] is None
+    # One event for each number of a row, and no other.
+    numbers = lambda row: [k for k, v in row.items() if k != "step" and isinstance(v, int | float)]
+    expected = [(row["step"], f"{row['kind']}/{k}", row[k]) for row in rows for k in numbers(row)]
+    assert sorted(metric_events(folder)) == [
+        (step, tag, np.float32(value)) for step, tag, value in sorted(expected)
+    ]
+    tags = {tag for _, tag, _ in events(folder / "tensorboard")}
+    assert {"train/grad_norm", "subspace/captured_energy", "speed/tokens_per_second"} <= tags
 
 
 def test_killed_runs_end_bit_equal(words, reference, tmp_path):
@@ -136,6 +158,7 @@ def test_killed_runs_end_bit_equal(words, reference, tmp_path):
     out, _ = finish(start([*command, "--resume"]))
     assert "after step 28" in out or "after step 35" in out
     assert_same_run(folder, reference[0])
+    assert metric_events(folder) == metric_events(reference[0])
 
 
 def test_sigterm_saves_and_the_printed_command_resumes(words, reference, tmp_path):

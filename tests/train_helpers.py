@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -87,6 +88,21 @@ def kill_at(process: subprocess.Popen, metrics: Path, step: int) -> str:
     """kill -9 as soon as the row of `step` is in the file; returns what was printed until then."""
     signal_at(process, metrics, step, signal.SIGKILL)
     return finish(process, -signal.SIGKILL)[0]
+
+
+def events(folder: Path) -> list[tuple[int, str, float]]:
+    """(step, tag, value) of all TensorBoard files of a folder, as they stand there."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[12 + size + 4 :]
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+    return found
 
 
 def steps_in(metrics: Path) -> int:

@@ -25,8 +25,8 @@ _SAVING = ".saving-"
 # Keys that change neither the parameters nor the metrics up to a given step
 # (what the paths of the data lead to is in the corpus' key).
 _FREE = (
-    *("run_dir", "resume", "weights", "checkpoint.", "log.print_every", "data.path"),
-    *("data.validation_path", "data.tokenizer", "data.tfds_dir", "data.bad_shards"),
+    *("run_dir", "resume", "weights", "checkpoint.", "log.print_every", "log.tensorboard"),
+    *("data.path", "data.validation_path", "data.tokenizer", "data.tfds_dir", "data.bad_shards"),
     "data.cache_dir",
 )
 

@@ -29,7 +29,7 @@ from train.config import (
     validate,
 )
 from train.errors import TrainError, UsageError, no_space, one_line
-from train.experiments import EXPERIMENTS, summary
+from train.experiments import EXPERIMENTS, check_model, check_text, header, listing, model_of
 
 PROGRAM = "python -m train"
 DEFAULT_MODEL, DEFAULT_EXPERIMENT = "tiny", "quickstart"
@@ -91,13 +91,18 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
       UsageError: anything unknown or impossible.
     """
-    rest, model = _take(list(arguments), "--model", DEFAULT_MODEL, PRESETS, weights.is_path)
-    rest, experiment = _take(rest, "--experiment", DEFAULT_EXPERIMENT, EXPERIMENTS)
-    default = EXPERIMENTS[experiment](_first(model))
+    rest, experiment = _take(list(arguments), "--experiment", DEFAULT_EXPERIMENT, EXPERIMENTS)
+    fallback = model_of(experiment, DEFAULT_MODEL)
+    rest, model = _take(rest, "--model", fallback, PRESETS, weights.is_path)
+    check_model(experiment, model, PRESETS)
+    default = EXPERIMENTS[experiment].delta(_first(model))
     model = model if model in PRESETS else weights.name(model)
     wants_help = any(word in ("-h", "--help") for word in rest)
     given = set() if wants_help else _check_keys(rest, flatten(default))
-    config = _read(rest, default, wants_help)
+    named = any(word.partition("=")[0] == "--experiment" for word in arguments)
+    head = _about(experiment) if named else description()
+    config = _read(rest, default, head if wants_help else None)
+    check_text(experiment, config)
     for key in sorted(given):
         group, _, field = key.partition(".")
         if group == "optimizer" and config.optimizer.name not in READ_BY.get(
@@ -192,15 +197,16 @@ def _suggest(key: str, known: dict[str, object]) -> str:
     return f"did you mean --{name}? {listing}" if name else listing
 
 
-def _read(words: list[str], default: Config, wants_help: bool) -> Config:
-    """tyro's reading of the words; its boxed errors become one line."""
+def _read(words: list[str], default: Config, head: str | None) -> Config:
+    """tyro's reading of the words; its boxed errors become one line. With a `head` it is help that
+    is asked for."""
     captured = io.StringIO()
     try:
-        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(captured):
+        with contextlib.redirect_stderr(captured) if head is None else contextlib.nullcontext():
             return tyro.cli(
                 Config,
                 prog=PROGRAM,
-                description=description(),
+                description=head,
                 default=default,
                 args=words,
                 use_underscores=True,
@@ -235,7 +241,6 @@ def description() -> str:
         f"{config.num_layers} layers, {config.num_heads} heads, vocabulary {config.vocab_size}"
         for name, config in PRESETS.items()
     ]
-    recipes = [f"  {name:<12} {summary(name)}" for name in EXPERIMENTS]
     return "\n".join(
         [
             "Trains a LLaMA. Two words choose the defaults, the keys below change them.",
@@ -244,7 +249,17 @@ def description() -> str:
             "folder or .gguf file, which gives first weights and tokenizer too:",
             *sizes,
             "",
-            f"--experiment NAME (default {DEFAULT_EXPERIMENT}), the recipe:",
-            *recipes,
+            f"--experiment NAME (default {DEFAULT_EXPERIMENT}), the recipe; one that is named for "
+            "a size brings that model; with --help it tells more of itself:",
+            *listing(),
         ]
     )
+
+
+def _about(experiment: str) -> str:
+    """The head of `--experiment NAME --help`: the experiment's own."""
+    lines = header(experiment).splitlines()
+    # tyro joins lines that aren't indented.
+    indented = [f"  {line}" for line in lines[1:]]
+    end = f"The keys below change it; {PROGRAM} --help lists all others."
+    return "\n".join([lines[0], "", *indented, "", end])

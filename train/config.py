@@ -48,6 +48,9 @@ class OptimizerConfig:
     """In a subspace: side of each matrix that is projected"""
     projector_dtype: Storage = "float32"
     """In a subspace: how the bases are stored; 4 and 8 bits have a scale for each 256 values"""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """galore, online_subspace_descent: how the moments are stored; those of adamw have the dtype of
+    the parameters"""
     code: Code = "dynamic"
     """8bit: how the moments are stored; of linear, float8_e4m3fn and the 4-bit codes, which lose
     small squares, the first moments alone, and the second ones in dynamic"""
@@ -80,7 +83,7 @@ READ_BY = {
     **dict.fromkeys(("rank", "scale", "side", "projector_dtype"), SUBSPACE),
     "every": GALORE,
     "code": EIGHT_BIT,
-    "kinetic": ("galore", "online_subspace_descent"),
+    **dict.fromkeys(("kinetic", "moment_dtype"), ("galore", "online_subspace_descent")),
     **dict.fromkeys(("b1", "b2", "eps"), MOMENTA),
 }
 
@@ -230,6 +233,8 @@ class LogConfig:
     """Steps between rows of metrics.jsonl"""
     print_every: int = 25
     """Steps between printed lines (where there is no progress bar) and rows of throughput.jsonl"""
+    tensorboard: bool = False
+    """Write event files for TensorBoard beside, into the run's folder tensorboard"""
     hamiltonian: bool = False
     """At each evaluation, the energy of the optimizer as a system with friction: the validation
     loss, which stands in for the loss that is descended, and the momenta's kinetic energy"""

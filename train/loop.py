@@ -15,12 +15,23 @@ import numpy as np
 from models import lora
 from models.llama import pieces
 from optax_subspace import dequantize
-from train import batches, corpus, devices, memory, records, report, rundir, weights
+from train import (
+    batches,
+    corpus,
+    devices,
+    memory,
+    records,
+    report,
+    rundir,
+    tensorboard,
+    throughput,
+    weights,
+)
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import Command
 from train.clock import Clock
 from train.errors import DivergedError, Interrupted, UsageError, one_line
-from train.optimizer import Optimizer, make
+from train.optimizer import Optimizer, make, skipped_gradients
 from train.screen import Screen, duration
 from train.signals import Signals
 from train.step import (
@@ -48,6 +59,8 @@ def run(command: Command) -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config, screen = command.config, Screen()
+    if config.log.tensorboard:
+        tensorboard.check()
     place = rundir.choose(command)
     if kind := devices.idle_accelerator():
         screen.say(f"warning: {devices.warning(kind)}")
@@ -85,7 +98,8 @@ def run(command: Command) -> None:
     parts = pieces(config.model) if is_fused else None
     remat, only = config.model.remat, config.lora.only
     predicted = memory.predict(shapes, batch, loss_fn, parts, remat, only)
-    report.print_memory(screen, predicted, memory.measure(train_step, shapes), is_fused)
+    measured = memory.measure(train_step, shapes)
+    report.print_memory(screen, predicted, measured, is_fused)
 
     if config.model.dtype == "float16" and not is_fused:
         screen.say(
@@ -107,6 +121,7 @@ def run(command: Command) -> None:
         screen.say(f"There is no checkpoint in {place.path} yet: beginning at the first step.")
     else:
         screen.say(f"Writing to {place.path}.")
+    report.save_memory(place.memory, predicted, measured)
     trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step)
     if state is None:
         first = config.weights and weights.read(config.weights, config.model, "--weights")
@@ -143,15 +158,14 @@ class Trainer:
         self.subspace_step = make_subspace_step(self.config.model, optimizer)
         self.hamiltonian_step = make_hamiltonian_step(optimizer)
         self.finite = jax.jit(all_finite)
-        self.files: list[records.Records] = []
+        self.files: list[records.Records | tensorboard.Board] = []
         self.input_wait = 0.0  # seconds
 
     def train(self, state: State, stream: Any) -> None:
         """All steps that are left, the final evaluation and the report."""
         config, done = self.config, int(state.step)
         steps = config.train.steps
-        self.metrics = self._open(records.Records(self.place.metrics, done))
-        self.throughput = self._open(records.Records(self.place.throughput, done, keep_later=True))
+        self._open_files(done)
         self.clock = Clock(config.train.batch_size * config.train.sequence_length)
         self.screen.start(steps, done)
         late = None  # the metrics of the step before: read while the device does the next one
@@ -177,7 +191,8 @@ class Trainer:
                 if signals.received and step < steps:
                     raise Interrupted(self._how_to_resume(step), signals.received)
             self.screen.stop()
-            self._finish(steps, state, self.clock.speed(), signals)
+            speed = throughput.row(steps, done, self.clock, config)
+            self._finish(steps, state, speed, signals)
 
     def _take(self, stream: Any, step: int, state: State, late: tuple[int, Metrics] | None) -> Any:
         """The next batch; where the documents end badly, what was trained on is saved."""
@@ -201,9 +216,17 @@ class Trainer:
         for file in self.files:
             file.close()
 
-    def _open(self, file: records.Records) -> records.Records:
-        self.files.append(file)
-        return file
+    def _open_files(self, done: int) -> None:
+        """The rows of metrics and of speed, and TensorBoard's events of both if asked for."""
+        self.done, place, mirror = done, self.place, None
+        if self.config.log.tensorboard:
+            board = tensorboard.Board(place.tensorboard)
+            self.files.append(board)
+            mirror = board.write
+        self.metrics = records.Records(place.metrics, done, mirror=mirror)
+        self.files.append(self.metrics)
+        self.throughput = records.Records(place.throughput, done, keep_later=True, mirror=mirror)
+        self.files.append(self.throughput)
 
     def _record(self, late: tuple[int, Metrics] | None) -> None:
         """Writes and shows a step's metrics; ends the run if they are no numbers."""
@@ -216,7 +239,8 @@ class Trainer:
             name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
             raise DivergedError(self._diverged(step, f"the {name} is {value}"))
         self.clock.count()
-        if step % config.log.every == 0 or step == config.train.steps:
+        # Every skipped step has a row, so that they can be counted.
+        if step % config.log.every == 0 or step == config.train.steps or skipped:
             self.metrics.write(
                 {
                     "kind": "train",
@@ -235,8 +259,7 @@ class Trainer:
         status = f"loss {loss:.3f}  {speed:,.0f} tokens/s  {duration(left)} left"
         self.screen.progress(step, steps, status, milestone)
         if milestone:
-            row = {"kind": "speed", "step": step, "tokens_per_second": round(speed, 1)}
-            row["seconds"] = round(self.clock.seconds(), 3)
+            row = throughput.row(step, self.done, self.clock, config)
             # How long the device had nothing to do for want of a batch, since the run began.
             self.throughput.write(row | {"input_wait_seconds": round(self.input_wait, 3)})
 
@@ -294,7 +317,7 @@ class Trainer:
                 raise Interrupted(self._how_to_resume(self.config.train.steps), signals.received)
         return total / count, count
 
-    def _finish(self, step: int, state: State, speed: float, signals: Signals) -> None:
+    def _finish(self, step: int, state: State, speed: records.Row, signals: Signals) -> None:
         """Scores the whole held-out split, draws and prints; the last checkpoint is saved."""
         loss, tokens = self._evaluate(state, signals=signals)
         if not math.isfinite(loss):
@@ -313,6 +336,7 @@ class Trainer:
             "unigram_loss": unigram,
             "unigram_perplexity": float(np.exp(unigram)),
             "scored": tokens,
+            "skipped_gradients": skipped_gradients(state.opt_state),
         }
         self.metrics.write(final)
         self.metrics.sync()

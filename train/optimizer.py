@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from models import lora
 from models.llama import subspace_rules
 from optax_subspace import (
     Kinetic,
+    ProjectionState,
     adalomo,
     adam_kinetic,
     adamw8bit,
@@ -75,6 +77,7 @@ def make(
     match config.name:
         case "galore":
             within = None if config.kinetic == "adam" else _momentum(config)
+            adam |= {"mu_dtype": config.moment_dtype, "nu_dtype": config.moment_dtype}
             inner = galore(schedule, config.rank, inner=within, **adam, **settings)
         case "galore_adamw8bit":
             inner = galore_adamw8bit(schedule, config.rank, **adam, storage=storage, **settings)
@@ -121,7 +124,8 @@ def _momentum(config: OptimizerConfig) -> optax.GradientTransformation:
         "nesterov": lambda: nesterov(b1),
         "lion": lambda: lion_kinetic(b1, b2),
     }
-    return scale_by_hamiltonian_descent(kinetics[config.kinetic]())
+    dtype = config.moment_dtype
+    return scale_by_hamiltonian_descent(kinetics[config.kinetic](), mu_dtype=dtype, nu_dtype=dtype)
 
 
 def warmup_cosine(
@@ -146,3 +150,11 @@ def warmup_cosine(
         return peak * jnp.where(t < warmup, rising, cosine)
 
     return schedule
+
+
+def skipped_gradients(opt_state: Any) -> int:
+    """How many gradients of single leaves were not finite, by what the subspaces have counted."""
+    is_projection = lambda node: isinstance(node, ProjectionState)
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_projection)
+    counts = jax.tree.leaves([node.skipped for node in nodes if is_projection(node)])
+    return sum(int(np.sum(count)) for count in counts)

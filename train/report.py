@@ -1,6 +1,14 @@
-"""Before training: what is projected, and memory by part. After it: the result and the figure."""
+"""Before training: what is projected, and memory by part. After it: the result and the figure.
 
+`python -m train.report RUN [RUN ...] [--out FILE.html]` compares finished and unfinished runs in a
+table and in a page of HTML.
+"""
+
+import argparse
+import json
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from optax_subspace import describe
+from train.cache import write_atomically
+from train.errors import UsageError, one_line
 from train.memory import Measured, Predicted, mebibytes
 from train.optimizer import Optimizer
+from train.recorded import clean
 from train.records import Row
 from train.screen import Screen
 
@@ -58,8 +69,18 @@ def print_memory(
     screen.say("")
 
 
-def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path]) -> None:
-    """The last table."""
+def save_memory(path: Path, predicted: Predicted, measured: Measured | None) -> None:
+    """The same in bytes, as JSON."""
+    whole = lambda part: part._asdict() | {"total": part.total}
+    table = {
+        "predicted": whole(predicted) | {"temporaries": predicted.temporaries},
+        "compiled": None if measured is None else whole(measured),
+    }
+    write_atomically(path, json.dumps(table, indent=2) + "\n")
+
+
+def print_result(screen: Screen, final: Row, speed: Row, paths: dict[str, Path]) -> None:
+    """The last table; `speed` is the row of `train.throughput` for the last step."""
     loss, unigram = final["validation_loss"], final["unigram_loss"]
     ours, yardstick = perplexity(loss), final["unigram_perplexity"]
     rows = [
@@ -72,7 +93,7 @@ def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path
             "of it)",
         ],
         ["tokens trained on", f"{final['tokens']:,}"],
-        ["tokens/s", f"{speed:,.0f}" if speed else "no step was left to train"],
+        *_speed_lines(speed),
         *([name, str(path)] for name, path in paths.items()),
     ]
     screen.say("")
@@ -80,6 +101,22 @@ def print_result(screen: Screen, final: Row, speed: float, paths: dict[str, Path
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         screen.say(f"{name.ljust(width)}  {value}")
+
+
+def _speed_lines(speed: Row) -> list[list[str]]:
+    total, devices = speed["tokens_per_second"], speed["devices"]
+    if not total:
+        return [["tokens/s", "no step was left to train"]]
+    each = f" ({speed['tokens_per_second_per_device']:,.0f} on each of {devices} devices)"
+    share = speed["utilisation"]
+    of_peak = "" if share is None else f" ({share:.1%} of the peak of {speed['device']})"
+    lines = [
+        ["tokens/s", f"{total:,.0f}{each if devices > 1 else ''}"],
+        ["model FLOP/s", f"{speed['model_flops_per_second']:.3g}{of_peak}"],
+    ]
+    if speed["peak_bytes"] is not None:
+        lines.append(["peak memory of a device", mebibytes(speed["peak_bytes"])])
+    return lines
 
 
 HIGHEST = 700.0  # nats whose exponential is still a number
@@ -123,3 +160,76 @@ def draw(rows: list[Row], path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(path)
+
+
+def compare(folders: Sequence[str], out: Path) -> None:
+    """Prints the table of some runs and writes the page; runs that can't be read are named.
+
+    Raises:
+      UsageError: none of the runs can be read, or the page can't be written.
+    """
+    from train import page, recorded
+    from train.compare import table
+
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise UsageError(f"--out {out}: is no page; give a file that ends in .html")
+    screen, found, notes = Screen(), [], []
+    for folder, name in _names(folders).items():
+        try:
+            run = recorded.read(Path(folder), name)
+        except UsageError as error:
+            notes.append(clean(error))
+            continue
+        found.append(run)
+        notes += [clean(f"{name}: {note}") for note in run.notes]
+    if not found:
+        raise UsageError(f"there is nothing to compare: {'; '.join(notes)}")
+    rows = table(found)
+    screen.table("Runs:", ["", *(run.name for run in found)], rows)
+    for note in notes:
+        screen.say(f"note: {note}")
+    try:
+        write_atomically(out, page.write(found, rows, notes))
+    except OSError as error:
+        raise UsageError(f"--out {out}: can't be written ({error.strerror})") from None
+    screen.say(f"The figures are in {out}.")
+
+
+def _names(folders: Sequence[str]) -> dict[str, str]:
+    """A name for each folder, each once: its last part, or all of it where two have that."""
+    paths = {folder: Path(folder) for folder in dict.fromkeys(folders)}
+    last = [path.resolve().name for path in paths.values()]
+    names = {}
+    for folder, path in paths.items():
+        name = path.resolve().name
+        name = name if last.count(name) == 1 else str(path)
+        names[folder] = clean(name)
+    return names
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message}; {self.prog} --help shows what it takes")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `python -m train.report` and returns its exit code."""
+    parser = _Parser(prog="python -m train.report", description="Compares training runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, e.g. runs/NAME")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        help="page to write, with the figures (default: report.html)",
+    )
+    try:
+        args = parser.parse_args(arguments)
+        compare(args.runs, args.out)
+    except UsageError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,8 @@
 - `metrics.jsonl`: what is a function of the configuration alone
 - `throughput.jsonl`: what depends on the clock
 - `checkpoints/STEP/`: Orbax checkpoints, `damaged/STEP/` those that could not be used
+- `memory.json`: memory of a step by part, predicted and as compiled
+- `tensorboard/`: event files, if asked for
 - `loss.png`: the figure
 """
 
@@ -38,6 +40,14 @@ class RunDir(NamedTuple):
     @property
     def throughput(self) -> Path:
         return self.path / "throughput.jsonl"
+
+    @property
+    def memory(self) -> Path:
+        return self.path / "memory.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
@@ -116,8 +126,9 @@ def choose(command: Command) -> RunDir:
 
 
 def _occupied(path: Path) -> bool:
-    # A run that ended before its first step leaves its lock alone.
-    return path.is_dir() and any(p.name not in (".lock", "config.json") for p in path.iterdir())
+    # A run that ended before its first step leaves these alone.
+    early = (".lock", "config.json", "memory.json")
+    return path.is_dir() and any(p.name not in early for p in path.iterdir())
 
 
 def _numbered(base: str, number: int) -> Path:

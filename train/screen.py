@@ -35,7 +35,7 @@ class Screen:
         """A table; the first column is left-aligned, the others are right-aligned."""
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left", overflow="fold")
+            table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
         self._console.print(table, highlight=False)
