@@ -4,6 +4,7 @@ import logging
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import numpy as np
 
 from models import lora
 from models.llama import pieces
-from optax_subspace import dequantize
-from train import batches, corpus, devices, memory, records, report, rundir
+from optax_subspace import FusedStep, dequantize
+from train import batches, corpus, devices, memory, mesh, placement, records, report, rundir
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import Command
 from train.clock import Clock
+from train.config import Config
 from train.errors import DivergedError, Interrupted, one_line
 from train.optimizer import Optimizer, make
 from train.screen import Screen, duration
@@ -26,6 +28,7 @@ from train.step import (
     Metrics,
     State,
     all_finite,
+    everywhere,
     init_state,
     make_eval_step,
     make_fused,
@@ -47,6 +50,8 @@ def run(command: Command) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config, screen = command.config, Screen()
     place = rundir.choose(command)
+    work = mesh.Work(mesh.make(config.mesh), config.train.micro_batch_size)
+    mesh.check_rows(config, work.mesh)
     if kind := devices.idle_accelerator():
         screen.say(f"warning: {devices.warning(kind)}")
 
@@ -55,33 +60,32 @@ def run(command: Command) -> None:
     stream = batches.training(
         data, config.train.batch_size, config.train.sequence_length, config.train.seed
     )
-    is_fused, int8 = config.train.fused_backward, config.train.int8_weights
-    optimizer = make(config.optimizer, config.train.steps, is_fused, config.lora)
+    is_fused = config.train.fused_backward
     key = jax.random.key(config.train.seed)
     seed = config.train.seed if config.train.stochastic_rounding else None
-    fused = make_fused(config.model, optimizer, seed) if is_fused else None
-    initial = jax.jit(lambda key: init_state(config.model, optimizer, key, int8, fused))
-    shapes = jax.eval_shape(initial, key)
+    optimizer, fused, begin = prepare(config, work)
+    shapes = placement.place(jax.eval_shape(begin, key), optimizer, work.mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    initial = jax.jit(begin, out_shardings=shardings)
 
     adapters = sum(leaf.size for leaf in lora.adapters(shapes.params))
     screen.say(
         f"Model {command.model}: {config.model.num_params():,} parameters"
         f"{f' and {adapters:,} of adapters' if adapters else ''}. Experiment "
-        f"{command.experiment} with {config.optimizer.name}.\n{data.name}.\n"
+        f"{command.experiment} with {config.optimizer.name} on {work.mesh}.\n{data.name}.\n"
     )
     report.print_projection(screen, optimizer, jax.eval_shape(dequantize, shapes.params))
-    tokens = jax.ShapeDtypeStruct(
-        (config.train.batch_size, config.train.sequence_length), jnp.int32
-    )
+    size = (config.train.batch_size, config.train.sequence_length)
+    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=work.mesh.rows)
     batch = batches.Batch(tokens, tokens)
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
-    jitted = make_train_step(config.model, optimizer, seed, fused)
+    jitted = make_train_step(config.model, optimizer, seed, fused, work, shardings)
     train_step = jitted.lower(shapes, batch).compile()
     loss_fn = make_loss(config.model, optimizer)
     parts = pieces(config.model) if is_fused else None
     remat, only = config.model.remat, config.lora.only
-    predicted = memory.predict(shapes, batch, loss_fn, parts, remat, only)
+    predicted = memory.predict(shapes, batch, loss_fn, parts, remat, only, work)
     report.print_memory(screen, predicted, memory.measure(train_step, shapes), is_fused)
 
     if config.model.dtype == "float16" and not is_fused:
@@ -96,6 +100,7 @@ def run(command: Command) -> None:
         config.checkpoint.keep,
         fingerprint(config, data.key, shapes),
         lambda line: screen.say(f"warning: {line}"),
+        config.checkpoint.keep_best,
     )
     state = checkpoints.restore(shapes, stream) if place.resumes else None
     if state is not None:
@@ -104,13 +109,34 @@ def run(command: Command) -> None:
         screen.say(f"There is no checkpoint in {place.path} yet: beginning at the first step.")
     else:
         screen.say(f"Writing to {place.path}.")
-    trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step)
+    trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step, work)
     try:
         trainer.train(initial(key) if state is None else state, stream)
     finally:
         screen.stop()
+        checkpoints.close()
         trainer.close()
         lock.close()
+
+
+def prepare(
+    config: Config, work: mesh.Work
+) -> tuple[Optimizer, FusedStep | None, Callable[[jax.Array], State]]:
+    """The optimizer, the fused step if there is one, and the state before the first step by key."""
+    is_fused, shards = config.train.fused_backward, work.mesh.fsdp
+    parts = config.train.batch_size // (work.micro_batch_size or config.train.batch_size)
+    accumulate = parts if is_fused else 1
+    optimizer = make(
+        config.optimizer, config.train.steps, is_fused, config.lora, shards, accumulate
+    )
+    seed = config.train.seed if config.train.stochastic_rounding else None
+    fused = make_fused(config.model, optimizer, seed, work) if is_fused else None
+    int8 = config.train.int8_weights
+
+    def begin(key: jax.Array) -> State:
+        return init_state(config.model, optimizer, key, int8, fused, shards)
+
+    return optimizer, fused, begin
 
 
 class Trainer:
@@ -125,15 +151,16 @@ class Trainer:
         optimizer: Optimizer,
         held_out: batches.HeldOut,
         train_step: Any,
+        work: mesh.Work,
     ):
         self.command, self.config = command, command.config
         self.screen, self.place, self.checkpoints = screen, place, checkpoints
         self.optimizer, self.held_out = optimizer, held_out
-        self.train_step = train_step
-        self.eval_step = make_eval_step(self.config.model)
-        self.subspace_step = make_subspace_step(self.config.model, optimizer)
-        self.hamiltonian_step = make_hamiltonian_step(optimizer)
-        self.finite = jax.jit(all_finite)
+        self.train_step, self.mesh = train_step, work.mesh
+        self.eval_step = make_eval_step(self.config.model, work)
+        self.subspace_step = make_subspace_step(self.config.model, optimizer, work)
+        self.hamiltonian_step = make_hamiltonian_step(optimizer, work)
+        self.finite = jax.jit(all_finite, out_shardings=everywhere(work))
         self.files: list[records.Records] = []
 
     def train(self, state: State, stream: Any) -> None:
@@ -147,9 +174,10 @@ class Trainer:
         late = None  # the metrics of the step before: read while the device does the next one
         with Signals(self._interrupted_again) as signals:
             for step in range(done + 1, steps + 1):
-                batch = next(stream)
+                batch = self.mesh.put(next(stream))
                 state, metrics = self.train_step(state, batch)
                 self._record(late)
+                self.checkpoints.poll()
                 late = (step, metrics)
                 evaluates = step % config.train.eval_every == 0 and step < steps
                 saves = step % config.checkpoint.every == 0 or step == steps
@@ -157,14 +185,17 @@ class Trainer:
                     # The step's own metrics first: a loss that is no number is never saved.
                     self._record(late)
                     late = None
+                    score = None
                     with self.clock.paused():
                         if evaluates:
-                            self._evaluate_part(step, state, batch)
+                            score = self._evaluate_part(step, state, batch)
+                            saves = saves or self.checkpoints.is_among_best(score)
                         if saves or signals.received:
                             self._check(step, state)
                             self.metrics.sync()
-                            self.checkpoints.save(step, state, stream)
+                            self.checkpoints.save(step, state, stream, score)
                 if signals.received and step < steps:
+                    self.checkpoints.wait()
                     raise Interrupted(self._how_to_resume(step), signals.received)
             self.screen.stop()
             self._finish(steps, state, self.clock.speed(), signals)
@@ -219,7 +250,8 @@ class Trainer:
         if not self.finite(state):
             raise DivergedError(self._diverged(step, "a parameter or moment is not finite"))
 
-    def _evaluate_part(self, step: int, state: State, batch: Any) -> None:
+    def _evaluate_part(self, step: int, state: State, batch: Any) -> float:
+        """Scores a part of the held-out split, and returns its loss."""
         loss, tokens = self._evaluate(state, self.config.train.eval_batches)
         if not math.isfinite(loss):
             raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
@@ -238,6 +270,7 @@ class Trainer:
         if self.config.log.hamiltonian:
             line += f", Hamiltonian {self._energy(step, state, loss):.3f}"
         self.screen.say(line)
+        return loss
 
     def _energy(self, step: int, state: State, loss: float) -> float:
         """Writes the Hamiltonian at an evaluation, and what a step took of it since the last."""
@@ -258,10 +291,11 @@ class Trainer:
         config = self.config.train
         total, count = 0.0, 0
         for batch in self.held_out.batches(config.batch_size, config.sequence_length, most):
-            nats, tokens = self.eval_step(state.params, batch)
+            nats, tokens = self.eval_step(state.params, self.mesh.put(batch))
             # Summed in double precision, in a fixed order.
             total, count = total + float(nats), count + int(tokens)
             if signals is not None and signals.received:
+                self.checkpoints.wait()
                 raise Interrupted(self._how_to_resume(self.config.train.steps), signals.received)
         return total / count, count
 
@@ -270,6 +304,7 @@ class Trainer:
         loss, tokens = self._evaluate(state, signals=signals)
         if not math.isfinite(loss):
             raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
+        self.checkpoints.wait()
         unigram = batches.unigram_entropy(self.held_out.targets)
         final: records.Row = {
             "kind": "final",
@@ -316,6 +351,7 @@ class Trainer:
         return shlex.join([str(interpreter), "-m", "train", *words, "--resume"])
 
     def _diverged(self, step: int, what: str) -> str:
+        self.checkpoints.wait()
         saved = self.checkpoints.steps()
         kept = (
             f"the last good checkpoint is {self.checkpoints.path(saved[-1])}"
