@@ -26,7 +26,7 @@ _SAVING = ".saving-"
 _SCORE = "validation.json"
 # Keys that change neither the parameters nor the metrics up to a given step, or, as another number
 # of devices does, no more than the order of sums.
-_FREE = (
+_FREE: tuple[str, ...] = (
     *("run_dir", "resume", "compile_only", "topology", "mesh.", "checkpoint."),
     *("data.path", "data.cache_dir", "log.print_every"),
 )
@@ -34,9 +34,8 @@ _FREE = (
 
 def fingerprint(config: Config, corpus_key: str, state: State) -> dict[str, Any]:
     """What two runs must share for one to go on with the other's checkpoint, as JSON."""
-    free = _FREE
-    if not config.train.fused_backward:  # where an unfinished step is part of the state
-        free += ("train.micro_batch_size",)
+    # (In a fused step what micro-batches add up to is part of the state.)
+    free = _FREE if config.train.fused_backward else (*_FREE, "train.micro_batch_size")
     keys = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), *leaf.shape]
@@ -173,7 +172,9 @@ class Checkpoints:
         found = {}
         for step in self.steps():
             try:
-                found[step] = float(json.loads((self._folder / str(step) / _SCORE).read_text())["loss"])
+                found[step] = float(
+                    json.loads((self._folder / str(step) / _SCORE).read_text())["loss"]
+                )
             except (OSError, ValueError, TypeError, KeyError):
                 continue  # saved between evaluations, or damaged
         return found
@@ -233,9 +234,7 @@ class Checkpoints:
         if reason := cache.damage(folder, folder / cache.MANIFEST):
             return None, reason
         try:
-            small = ocp.args.Composite(
-                meta=ocp.args.JsonRestore(), data=ocp.args.JsonRestore()
-            )
+            small = ocp.args.Composite(meta=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
             found = self._orbax.restore(folder, args=small)
             self._compare(step, found["meta"])
             target = jax.tree.map(_on_device, shapes)
@@ -303,7 +302,7 @@ def _copied(state: State) -> State:
     """The state, safe from donation: Orbax writes from the CPU device's own memory."""
     if jax.default_backend() != "cpu":
         return state
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), state)
+    return jax.tree.map(lambda x: x.copy(), state)
 
 
 def _on_device(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -15,7 +16,18 @@ import numpy as np
 from models import lora
 from models.llama import pieces
 from optax_subspace import FusedStep, dequantize
-from train import batches, corpus, devices, memory, mesh, placement, records, report, rundir
+from train import (
+    batches,
+    corpus,
+    devices,
+    memory,
+    mesh,
+    placement,
+    processes,
+    records,
+    report,
+    rundir,
+)
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import Command
 from train.clock import Clock
@@ -48,10 +60,13 @@ def run(command: Command) -> None:
     # Orbax, tfds and grain log what the trainer tells in its own words; errors are raised as well.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    config, screen = command.config, Screen()
+    processes.join()
+    config = command.config
+    screen = Screen(None if processes.is_first() else open(os.devnull, "w"))  # noqa: SIM115
     place = rundir.choose(command)
-    work = mesh.Work(mesh.make(config.mesh), config.train.micro_batch_size)
-    mesh.check_rows(config, work.mesh)
+    grid = mesh.make(config.mesh)
+    mesh.check_rows(config, grid)
+    work = mesh.Work(grid, config.train.micro_batch_size)
     if kind := devices.idle_accelerator():
         screen.say(f"warning: {devices.warning(kind)}")
 
@@ -64,7 +79,7 @@ def run(command: Command) -> None:
     key = jax.random.key(config.train.seed)
     seed = config.train.seed if config.train.stochastic_rounding else None
     optimizer, fused, begin = prepare(config, work)
-    shapes = placement.place(jax.eval_shape(begin, key), optimizer, work.mesh)
+    shapes = placement.place(jax.eval_shape(begin, key), optimizer, grid)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     initial = jax.jit(begin, out_shardings=shardings)
 
@@ -72,11 +87,11 @@ def run(command: Command) -> None:
     screen.say(
         f"Model {command.model}: {config.model.num_params():,} parameters"
         f"{f' and {adapters:,} of adapters' if adapters else ''}. Experiment "
-        f"{command.experiment} with {config.optimizer.name} on {work.mesh}.\n{data.name}.\n"
+        f"{command.experiment} with {config.optimizer.name} on {grid}.\n{data.name}.\n"
     )
     report.print_projection(screen, optimizer, jax.eval_shape(dequantize, shapes.params))
     size = (config.train.batch_size, config.train.sequence_length)
-    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=work.mesh.rows)
+    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=grid.rows)
     batch = batches.Batch(tokens, tokens)
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
@@ -123,7 +138,7 @@ def prepare(
     config: Config, work: mesh.Work
 ) -> tuple[Optimizer, FusedStep | None, Callable[[jax.Array], State]]:
     """The optimizer, the fused step if there is one, and the state before the first step by key."""
-    is_fused, shards = config.train.fused_backward, work.mesh.fsdp
+    is_fused, shards = config.train.fused_backward, work.shards
     parts = config.train.batch_size // (work.micro_batch_size or config.train.batch_size)
     accumulate = parts if is_fused else 1
     optimizer = make(
@@ -156,6 +171,7 @@ class Trainer:
         self.command, self.config = command, command.config
         self.screen, self.place, self.checkpoints = screen, place, checkpoints
         self.optimizer, self.held_out = optimizer, held_out
+        assert work.mesh is not None
         self.train_step, self.mesh = train_step, work.mesh
         self.eval_step = make_eval_step(self.config.model, work)
         self.subspace_step = make_subspace_step(self.config.model, optimizer, work)
@@ -167,10 +183,11 @@ class Trainer:
         """All steps that are left, the final evaluation and the report."""
         config, done = self.config, int(state.step)
         steps = config.train.steps
-        self.metrics = self._open(records.Records(self.place.metrics, done))
-        self.throughput = self._open(records.Records(self.place.throughput, done, keep_later=True))
+        self.metrics = self._open(self.place.metrics, done)
+        self.throughput = self._open(self.place.throughput, done, keep_later=True)
         self.clock = Clock(config.train.batch_size * config.train.sequence_length)
         self.screen.start(steps, done)
+        stop = processes.Shared(self.mesh)
         late = None  # the metrics of the step before: read while the device does the next one
         with Signals(self._interrupted_again) as signals:
             for step in range(done + 1, steps + 1):
@@ -179,9 +196,10 @@ class Trainer:
                 self._record(late)
                 self.checkpoints.poll()
                 late = (step, metrics)
+                received = stop.update(signals.received)
                 evaluates = step % config.train.eval_every == 0 and step < steps
                 saves = step % config.checkpoint.every == 0 or step == steps
-                if evaluates or saves or signals.received:
+                if evaluates or saves or received:
                     # The step's own metrics first: a loss that is no number is never saved.
                     self._record(late)
                     late = None
@@ -190,13 +208,13 @@ class Trainer:
                         if evaluates:
                             score = self._evaluate_part(step, state, batch)
                             saves = saves or self.checkpoints.is_among_best(score)
-                        if saves or signals.received:
+                        if saves or received:
                             self._check(step, state)
                             self.metrics.sync()
                             self.checkpoints.save(step, state, stream, score)
-                if signals.received and step < steps:
+                if received and step < steps:
                     self.checkpoints.wait()
-                    raise Interrupted(self._how_to_resume(step), signals.received)
+                    raise Interrupted(self._how_to_resume(step), received)
             self.screen.stop()
             self._finish(steps, state, self.clock.speed(), signals)
 
@@ -205,7 +223,9 @@ class Trainer:
         for file in self.files:
             file.close()
 
-    def _open(self, file: records.Records) -> records.Records:
+    def _open(self, path: Path, step: int, **options: bool) -> records.Records:
+        first = processes.is_first()
+        file = records.Records(path, step, **options) if first else records.NoRecords()
         self.files.append(file)
         return file
 
@@ -294,7 +314,7 @@ class Trainer:
             nats, tokens = self.eval_step(state.params, self.mesh.put(batch))
             # Summed in double precision, in a fixed order.
             total, count = total + float(nats), count + int(tokens)
-            if signals is not None and signals.received:
+            if signals is not None and signals.received and jax.process_count() == 1:
                 self.checkpoints.wait()
                 raise Interrupted(self._how_to_resume(self.config.train.steps), signals.received)
         return total / count, count
@@ -320,6 +340,8 @@ class Trainer:
         }
         self.metrics.write(final)
         self.metrics.sync()
+        if not processes.is_first():
+            return
         report.draw(records.read(self.place.metrics), self.place.figure)
         paths = {
             "checkpoint": self.checkpoints.path(step),

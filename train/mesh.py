@@ -78,6 +78,11 @@ class Work(NamedTuple):
     mesh: Mesh | None = None  # None: on whatever device the arrays are
     micro_batch_size: int | None = None  # rows at a time; None: all at once
 
+    @property
+    def shards(self) -> int:
+        """Devices that split the parameters."""
+        return 1 if self.mesh is None else self.mesh.fsdp
+
 
 def make(config: MeshConfig, devices: Sequence[Any] | None = None, axis: str = "data") -> Mesh:
     """The mesh of the configuration over all devices.

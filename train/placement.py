@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_subspace import FusedState, dequantize, state_shardings
+from optax_subspace import FusedState, QuantizedWeight, dequantize, state_shardings
 from train.mesh import Mesh, with_shardings
 from train.optimizer import Optimizer
 from train.step import State, kernels_in_int8
@@ -18,7 +18,8 @@ def place(shapes: State, optimizer: Optimizer, mesh: Mesh) -> State:
     arrays = jax.eval_shape(dequantize, shapes.params)
     arrays = with_shardings(arrays, mesh.of_params(arrays))
     params = jax.tree.map(lambda x: x.sharding, arrays)
-    if jax.tree.structure(arrays) != jax.tree.structure(shapes.params):
+    is_quantized = lambda x: isinstance(x, QuantizedWeight)
+    if any(map(is_quantized, jax.tree.leaves(shapes.params, is_leaf=is_quantized))):
         # Codes and scales of int8 weights belong to a parameter as its moments do.
         store: Any = optax.GradientTransformation(lambda p: kernels_in_int8(p, mesh.fsdp), None)
         params = state_shardings(store, arrays)
@@ -26,7 +27,8 @@ def place(shapes: State, optimizer: Optimizer, mesh: Mesh) -> State:
         opt_state = _of_fused(optimizer.tx, arrays, mesh)
     else:
         opt_state = state_shardings(optimizer.tx, arrays)
-    return with_shardings(shapes, State(mesh.everywhere, params, opt_state))
+    step: Any = mesh.everywhere
+    return with_shardings(shapes, State(step, params, opt_state))
 
 
 def _of_fused(tx: optax.GradientTransformation, arrays: Any, mesh: Mesh) -> FusedState:
@@ -39,12 +41,13 @@ def _of_fused(tx: optax.GradientTransformation, arrays: Any, mesh: Mesh) -> Fuse
     one = jax.tree.map(_of_layer, arrays["layers"])
     # All arrays have the layers' axis in front, along which nothing is split.
     stacked = lambda s: NamedSharding(s.mesh, PartitionSpec(None, *s.spec))
+    number: Any = mesh.everywhere
     return FusedState(
-        step=mesh.everywhere,
+        step=number,
         layers=jax.tree.map(stacked, of_part({"layers": one})),
         rest={key: of_part({key: part}) for key, part in arrays.items() if key != "layers"},
-        scale=mesh.everywhere,
-        good=mesh.everywhere,
+        scale=number,
+        good=number,
     )
 
 

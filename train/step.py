@@ -178,11 +178,12 @@ def _is_divided(batch: Batch, size: int | None) -> bool:
     return size is not None and size < batch.inputs.shape[0]
 
 
-def micro_batches(batch: Batch, size: int) -> Weighted:
+def micro_batches(batch: Batch, size: int | None) -> Weighted:
     """A batch in parts of `size` rows, which divides its own, on a new axis in front.
 
     Part i has every n-th row from i on, so that rows which are split over devices stay there.
     """
+    size = size or batch.inputs.shape[0]
     count = batch.inputs.shape[0] // size
     cut = lambda x: x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
     parts = jax.tree.map(cut, batch)
@@ -216,13 +217,18 @@ def make_train_step(
         assert fused is not None
         step, carry = fused.step, (state.params, state.opt_state)
         if _is_divided(batch, work.micro_batch_size):
-            one = lambda carry, part: ((out := step(*carry, part))[:2], out[2])
+
+            def one(carry: Any, part: Weighted) -> tuple[Any, Any]:
+                params, opt_state, found = step(*carry, part)
+                return (params, opt_state), found
+
             parts = micro_batches(batch, work.micro_batch_size)
             carry, each = jax.lax.scan(one, carry, parts)
             mean = jax.tree.map(lambda x: jnp.mean(x), each._replace(grad_norm=each.grad_norm**2))
             found = mean._replace(grad_norm=jnp.sqrt(mean.grad_norm))
         else:
-            *carry, found = step(*carry, batch)
+            params, opt_state, found = step(*carry, batch)
+            carry = params, opt_state
         rate = optimizer.schedule(state.step)
         metrics = Metrics(found.loss, found.grad_norm, rate, found.skipped)
         return State(state.step + 1, *carry), metrics
