@@ -120,12 +120,26 @@ def _product_backward(axis, residuals, dy):
     x, part = residuals
     dx = dy @ _gather(part.astype(x.dtype), axis).T
     gradient = jnp.einsum("...i,...o->io", x, dy)
-    own = jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=axis % 2, tiled=True)
-    return dx.astype(x.dtype), own.astype(part.dtype)
+    return dx.astype(x.dtype), _scatter(gradient, axis % 2, part.shape).astype(part.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
+def _scatter(gradient: Array, axis: int, shape: tuple[int, ...]) -> Array:
+    """A device's part, of this shape, of the sum of all devices' gradients."""
+    parts = gradient.reshape(*gradient.shape[:axis], -1, *shape[axis:])
+    # The devices' axis goes to the front: XLA:TPU sums the whole where it lies within.
+    return jax.lax.psum_scatter(jnp.moveaxis(parts, axis, 0), FSDP, scatter_dimension=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(part: Array, axis: int) -> Array:
     return jax.lax.all_gather(part, FSDP, axis=axis % part.ndim, tiled=True)
+
+
+def _gather_backward(axis, part, gradient):
+    return (_scatter(gradient, axis % part.ndim, part.shape),)
+
+
+_gather.defvjp(lambda part, axis: (_gather(part, axis), part), _gather_backward)
