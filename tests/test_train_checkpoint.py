@@ -1,8 +1,10 @@
 """Checkpoints: bit-equal, whole or absent, never of another run, and the files beside them."""
 
+import _pickle
 import dataclasses
 import errno
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -286,6 +288,18 @@ def test_a_run_on_a_disk_that_fills_up(tmp_path):
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_nothing_that_is_loaded_runs_code(saved, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a checkpoint was unpickled")
+
+    for module in (pickle, _pickle):
+        for name in ("load", "loads", "Unpickler"):
+            monkeypatch.setattr(module, name, refuse)
+    assert_restores(saved, 30)
+    with pytest.raises(AssertionError, match="unpickled"):  # (the guard works)
+        pickle.loads(b"")
 
 
 def test_reasons_for_no_space():

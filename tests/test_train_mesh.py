@@ -24,6 +24,7 @@ SMALL = [
     *["--model.num_layers", "2", "--model.hidden_size", "32", "--model.intermediate_size", "48"],
     *["--model.num_heads", "2", "--model.vocab_size", "320", "--data.vocab_size", "320"],
     *["--train.batch_size", "16", "--train.sequence_length", "8", "--train.steps", "20"],
+    *["--model.unroll", "1"],
 ]
 # With a larger epsilon Adam does not blow rounding up to steps of full size.
 GALORE = ["--optimizer.rank", "4", "--optimizer.every", "2", "--optimizer.eps", "1e-3"]
@@ -65,7 +66,7 @@ def begin(words, devices, data=None, fsdp=None):
     return run, state, work, step.make_eval_step(config.model, work)
 
 
-def train(words, devices, data=None, fsdp=None, steps=4):
+def train(words, devices, data=None, fsdp=None, steps=3):
     """Losses and gradient norms of some steps, the loss after them, and the state."""
     run, state, work, evaluate = begin(words, devices, data, fsdp)
     losses = []
