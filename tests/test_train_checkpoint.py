@@ -1,11 +1,14 @@
 """Checkpoints: bit-equal, whole or absent, never of another run, and the files beside them."""
 
+import _pickle
 import dataclasses
 import errno
-import json
 import os
+import pickle
 import subprocess
 import sys
+import threading
+import time
 
 import chex
 import jax
@@ -20,7 +23,7 @@ from optax_subspace import dequantize
 from tests.train_helpers import ROOT, TINY, batch_shapes, finish, pair, start, write_text
 from train import cache, memory, optimizer, records, step
 from train.checkpoint import Checkpoints, fingerprint
-from train.config import DEFAULT_LEARNING_RATE, Config, OptimizerConfig, resolve
+from train.config import DEFAULT_LEARNING_RATE, Config, MeshConfig, OptimizerConfig, resolve
 from train.errors import UsageError, no_space
 
 CONFIG = resolve(Config(model=PRESETS["tiny"]))
@@ -33,13 +36,10 @@ class Position:
         self.value = value
 
     def get_state(self):
-        return json.dumps(self.value).encode()
+        return {"value": self.value}
 
     def set_state(self, state):
-        self.value = json.loads(state.decode())
-
-    def start_prefetch(self):
-        pass
+        self.value = state["value"]
 
 
 def make_state(number):
@@ -55,9 +55,9 @@ def said():
     return []
 
 
-def make(tmp_path, said, config=CONFIG, corpus="c", shapes=SHAPES, keep=2):
+def make(tmp_path, said, config=CONFIG, corpus="c", shapes=SHAPES, keep=2, keep_best=0):
     identity = fingerprint(config, corpus, shapes)
-    return Checkpoints(tmp_path / "checkpoints", keep, identity, said.append)
+    return Checkpoints(tmp_path / "checkpoints", keep, identity, said.append, keep_best)
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def saved(tmp_path, said):
     checkpoints = make(tmp_path, said)
     for number in (10, 20, 30):
         checkpoints.save(number, make_state(number), Position(number))
+    checkpoints.wait()
     return checkpoints
 
 
@@ -84,6 +85,62 @@ def test_the_newest_is_restored_and_old_ones_go(saved, said):
     assert saved.steps() == [20, 30]
     assert_restores(saved, 30)
     assert said == []
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path, said):
+    checkpoints = make(tmp_path, said, keep=1, keep_best=2)
+    for number, score in ((10, 3.0), (20, 1.0), (30, None), (40, 2.0), (50, 2.5), (60, None)):
+        if score is not None:
+            assert checkpoints.is_among_best(score) == (score != 2.5)
+        checkpoints.save(number, make_state(number), Position(number), score)
+        checkpoints.wait()
+    assert checkpoints.steps() == [20, 40, 60]
+    assert not make(tmp_path, said, keep=1).is_among_best(0.5)  # which keeps none of them
+    # A tie is no better, and what has no readable score is none of the best.
+    assert not checkpoints.is_among_best(2.0) and checkpoints.is_among_best(1.5)
+    (tmp_path / "checkpoints" / "20" / "validation.json").write_text("{")
+    assert checkpoints.is_among_best(99.0)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(saved, tmp_path, monkeypatch):
+    """And what is written is the state as it was, though its memory is used again."""
+    written, real = threading.Event(), cache.write_checksums
+
+    def slow(folder, manifest):
+        assert written.wait(30)
+        real(folder, manifest)
+
+    monkeypatch.setattr(cache, "write_checksums", slow)
+    state = jax.tree.map(jnp.copy, make_state(40))
+    position = Position(40)
+    saved.save(40, state, position)
+    step_on = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    step_on(state)
+    position.value = 41
+    assert saved.steps() == [20, 30]
+    saved.poll()  # which waits for nothing
+    assert saved.steps() == [20, 30]
+    written.set()
+    saved.wait()
+    assert saved.steps() == [30, 40]
+    assert_restores(saved, 40)
+
+
+def test_a_failed_saving_is_told_at_the_next_step(saved, said, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "write_checksums", full)
+    saved.save(40, make_state(40), Position(40))
+    deadline = time.monotonic() + 30
+    with pytest.raises(UsageError, match="step 40.*no space left"):
+        while time.monotonic() < deadline:
+            saved.poll()
+            time.sleep(0.01)
+    saved.wait()  # it was told
+    saved.save(50, make_state(50), Position(50))
+    saved.close()  # where another error is on its way, it is a line
+    assert len(said) == 1 and "step 50" in said[0]
 
 
 def test_without_any_there_is_none(tmp_path, said):
@@ -130,6 +187,7 @@ def test_a_half_written_one_is_left_out(saved, tmp_path, said, by_orbax):
     assert_restores(saved, 20)
     assert said == ["the checkpoint of step 30 is half-written and was left out"]
     saved.save(30, make_state(30), Position(30))
+    saved.wait()
     assert_restores(saved, 30)
 
 
@@ -167,7 +225,8 @@ def test_another_configuration_is_refused_by_name(saved, tmp_path, said):
     free = dataclasses.replace(
         CONFIG,
         run_dir="elsewhere",
-        checkpoint=dataclasses.replace(CONFIG.checkpoint, every=7, keep=9),
+        checkpoint=dataclasses.replace(CONFIG.checkpoint, every=7, keep=9, keep_best=1),
+        mesh=MeshConfig(data=1, fsdp=1),
         data=dataclasses.replace(CONFIG.data, cache_dir="elsewhere"),
         log=dataclasses.replace(CONFIG.log, print_every=3),
     )
@@ -188,9 +247,11 @@ def test_a_full_disk_while_saving(saved, tmp_path, said, monkeypatch):
         patch.setattr(cache, "write_checksums", full)
         with pytest.raises(UsageError, match=r"step 40.*no space left.*step 30 is good; free some"):
             saved.save(40, make_state(40), Position(40))
+            saved.wait()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["20", "30"]
     assert_restores(saved, 30)
     saved.save(40, make_state(40), Position(40))
+    saved.wait()
     assert_restores(saved, 40)
 
 
@@ -227,6 +288,18 @@ def test_a_run_on_a_disk_that_fills_up(tmp_path):
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_nothing_that_is_loaded_runs_code(saved, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a checkpoint was unpickled")
+
+    for module in (pickle, _pickle):
+        for name in ("load", "loads", "Unpickler"):
+            monkeypatch.setattr(module, name, refuse)
+    assert_restores(saved, 30)
+    with pytest.raises(AssertionError, match="unpickled"):  # (the guard works)
+        pickle.loads(b"")
 
 
 def test_reasons_for_no_space():

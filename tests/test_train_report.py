@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from train import compare, page, runs
+from train import compare, page, recorded
 from train.report import main
 
 MIB = 2**20
@@ -163,8 +163,8 @@ def test_numbers_that_are_none_leave_gaps(tmp_path):
         for step, value in enumerate(strange, 13):
             row = f'{{"kind": "train", "step": {step}, "loss": {value}, "tokens": {value}}}\n'
             file.write(row)
-    run = runs.read(folder, "run")
-    x, y = runs.curve(run.of("train"), "step", "loss")
+    run = recorded.read(folder, "run")
+    x, y = recorded.curve(run.of("train"), "step", "loss")
     assert list(x) == [*range(1, 13), 18] and np.all(np.isfinite(y))
     rows = compare.table([run])
     assert page.write([run], rows, run.notes).count("<svg") == 1
@@ -196,14 +196,14 @@ def test_time_is_that_of_steps_that_stand():
     """Killed after step 60, resumed after 40; killed before the next row, resumed after 90."""
     speeds = [speed(25, 0, 10.0), speed(50, 0, 20.0), speed(50, 40, 5.0), speed(75, 40, 10.0)]
     speeds += [speed(100, 90, 3.0), {"kind": "speed", "step": 110}, {"kind": "speed", "step": 1}]
-    run = runs.Run("run", {}, [], speeds, {}, [])
-    steps, seconds = runs.timeline(run)
+    run = recorded.Run("run", {}, [], speeds, {}, [])
+    steps, seconds = recorded.timeline(run)
     assert list(steps) == [0, 25, 40, 50, 75, 90, 100]
     # Step 40 was reached at 16 s; steps 76 to 90 at the speed of those after.
     assert list(seconds) == [0, 10, 16, 21, 26, 30.5, 33.5]
     # A run that begins anew from its first step.
     speeds = [speed(10, 0, 4.0), speed(10, 0, 6.0)]
-    steps, seconds = runs.timeline(runs.Run("run", {}, [], speeds, {}, []))
+    steps, seconds = recorded.timeline(recorded.Run("run", {}, [], speeds, {}, []))
     assert list(steps) == [0, 10] and list(seconds) == [0, 6]
 
 

@@ -1,33 +1,36 @@
 """Orbax checkpoints that are whole or absent, checked before use, and never of another run.
 
-A checkpoint is saved under a temporary name, gets the checksums of its files, and is renamed last:
-a killed process leaves no half of one under a step's name. It carries a fingerprint of the run,
-which is compared before anything is restored, because Orbax casts silently to the target's dtypes
-and drops what the target lacks.
+A checkpoint is written while training goes on: under a temporary name, then it gets the checksums
+of its files, and is renamed last, so that a killed process leaves no half of one under a step's
+name. It carries a fingerprint of the run, which is compared before anything is restored, because
+Orbax casts silently to the target's dtypes and drops what the target lacks.
 """
 
+import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
-from train import cache
+from train import cache, processes
 from train.config import Config, flatten
-from train.errors import UsageError, no_space, one_line
+from train.errors import TrainError, UsageError, no_space, one_line
 from train.memory import mebibytes
 from train.step import State
 
 _SAVING = ".saving-"
-# Keys that change neither the parameters nor the metrics up to a given step
-# (what the paths of the data lead to is in the corpus' key).
-_FREE = (
-    *("run_dir", "resume", "weights", "checkpoint.", "log.print_every", "log.tensorboard"),
-    *("data.path", "data.validation_path", "data.tokenizer", "data.tfds_dir", "data.bad_shards"),
-    "data.cache_dir",
+_SCORE = "validation.json"
+# Keys that change neither the parameters nor the metrics up to a given step, or, as another number
+# of devices does, no more than the order of sums (what the paths of the data lead to is in the
+# corpus' key).
+_FREE: tuple[str, ...] = (
+    *("run_dir", "resume", "compile_only", "topology", "mesh.", "weights", "checkpoint."),
+    *("log.print_every", "log.tensorboard", "data.path", "data.validation_path"),
+    *("data.tokenizer", "data.tfds_dir", "data.bad_shards", "data.cache_dir"),
 )
 
 
@@ -38,7 +41,9 @@ def fingerprint(
 
     `weights_key` tells the pretrained weights that a run began from; None is random ones.
     """
-    keys = {key: value for key, value in flatten(config).items() if not key.startswith(_FREE)}
+    # (In a fused step what micro-batches add up to is part of the state.)
+    free = _FREE if config.train.fused_backward else (*_FREE, "train.micro_batch_size")
+    keys = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), *leaf.shape]
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -54,21 +59,29 @@ class Checkpoints:
       keep: how many of the newest are kept.
       identity: the run's `fingerprint`.
       say: is told, in a line, what had to be passed over.
+      keep_best: how many are kept beside them, those of the lowest scores.
     """
 
     def __init__(
-        self, folder: Path, keep: int, identity: dict[str, Any], say: Callable[[str], None] = print
+        self,
+        folder: Path,
+        keep: int,
+        identity: dict[str, Any],
+        say: Callable[[str], None] = print,
+        keep_best: int = 0,
     ):
         # Orbax takes absolute paths only.
         self._folder = folder.absolute()
         self._shown = folder
-        self._keep = keep
+        self._keep, self._keep_best = keep, keep_best
         self._identity = identity
         self._say = say
-        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, good or not, in order."""
+        """Steps that have a whole checkpoint, good or not, in order."""
         if not self._folder.is_dir():
             return []
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
@@ -77,43 +90,113 @@ class Checkpoints:
         """Where a step's checkpoint is, as it was spelled on the command line."""
         return self._shown / str(step)
 
-    def save(self, step: int, state: State, data: Any) -> None:
-        """Saves the state and the data iterator's position, then drops the oldest ones.
+    def is_among_best(self, score: float) -> bool:
+        """Whether a checkpoint of this validation loss would be kept for it."""
+        better = [other for other in self._scores().values() if other <= score]
+        return len(better) < self._keep_best
+
+    def save(self, step: int, state: State, data: Any, score: float | None = None) -> None:
+        """Begins to save the state, which may be donated then, and the data's position.
+
+        When all is written, checkpoints that are neither new nor of a low score go.
+
+        Args:
+          step: steps done.
+          state: on the devices.
+          data: an iterator with `get_state`, which returns what JSON can hold.
+          score: the validation loss of this state, if it is known.
+
+        Raises:
+          UsageError: the disk is full, now or at the checkpoint before; those that were there
+            still are.
+        """
+        self.wait()
+        if (self._folder / str(step)).exists():
+            return
+        temporary = self._folder / f"{_SAVING}{step}"
+        try:
+            if processes.is_first():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._clear(temporary)
+            processes.meet("save")
+            meta = {"step": step, "jax": jax.__version__, **self._identity}
+            self._orbax.save(
+                temporary,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_copied(state)),
+                    data=ocp.args.JsonSave({"position": json.dumps(data.get_state())}),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+        except Exception as error:
+            raise self._explain(step, temporary, error) from None
+        self._saving = self._thread.submit(self._complete, step, temporary, score)
+
+    def poll(self) -> None:
+        """Raises what `wait` would, if the saving that was begun last has failed by now."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when what was begun is saved.
 
         Raises:
           UsageError: the disk is full; the checkpoints that were there still are.
         """
-        target = self._folder / str(step)
-        if target.exists():
-            return
-        temporary = self._folder / f"{_SAVING}{step}"
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            # In all processes at once, or one of them would go on alone.
+            processes.agree(saving.exception())
+
+    def close(self) -> None:
+        """Waits for what was begun, with a line about what fails: something else has before."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._clear(temporary)
-            self._orbax.save(
-                temporary,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=grain.checkpoint.CheckpointSave(data),
-                    meta=ocp.args.JsonSave(
-                        {"step": step, "jax": jax.__version__, **self._identity}
-                    ),
-                ),
-            )
+            self.wait()
+        except TrainError as error:
+            self._say(str(error))
+        self._thread.shutdown()
+        self._orbax.close()
+
+    def _complete(self, step: int, temporary: Path, score: float | None) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            if not processes.is_first():
+                return
+            if score is not None:
+                (temporary / _SCORE).write_text(json.dumps({"step": step, "loss": score}) + "\n")
             cache.write_checksums(temporary, temporary / cache.MANIFEST)
-            temporary.rename(target)
+            temporary.rename(self._folder / str(step))
         except Exception as error:
-            self._clear(temporary)
-            reason = no_space(error)
-            if reason is None and not isinstance(error, OSError):
-                raise
-            free = shutil.disk_usage(_existing(self._folder)).free
-            raise UsageError(
-                f"couldn't save the checkpoint of step {step} in {self._shown}: "
-                f"{reason or one_line(error)} ({mebibytes(free)} free); {self._remedy()}"
-            ) from None
+            raise self._explain(step, temporary, error) from None
+        scores = self._scores()
+        best = sorted(scores, key=lambda step: (scores[step], step))[: self._keep_best]
         for old in self.steps()[: -self._keep]:
-            shutil.rmtree(self._folder / str(old), ignore_errors=True)
+            if old not in best:
+                shutil.rmtree(self._folder / str(old), ignore_errors=True)
+
+    def _scores(self) -> dict[int, float]:
+        """The validation loss of each checkpoint that has one."""
+        found = {}
+        for step in self.steps():
+            try:
+                found[step] = float(
+                    json.loads((self._folder / str(step) / _SCORE).read_text())["loss"]
+                )
+            except (OSError, ValueError, TypeError, KeyError):
+                continue  # saved between evaluations, or damaged
+        return found
+
+    def _explain(self, step: int, temporary: Path, error: Exception) -> Exception:
+        """The error of a failed saving in words, where it is one of files; half-written ones go."""
+        self._clear(temporary)
+        reason = no_space(error)
+        if reason is None and not isinstance(error, OSError):
+            return error
+        free = shutil.disk_usage(_existing(self._folder)).free
+        return UsageError(
+            f"couldn't save the checkpoint of step {step} in {self._shown}: "
+            f"{reason or one_line(error)} ({mebibytes(free)} free); {self._remedy()}"
+        )
 
     def restore(self, shapes: State, data: Any) -> State | None:
         """The newest good checkpoint's state, with `data` moved to its position.
@@ -126,17 +209,16 @@ class Checkpoints:
         Raises:
           UsageError: the newest good checkpoint is of another run, or there are only bad ones.
         """
-        for path in sorted(self._folder.glob(f"{_SAVING}*")):
-            # Orbax writes under a temporary name of its own, which begins with the one given.
-            name = path.name.removeprefix(_SAVING).partition(".")[0]
-            self._say(f"the checkpoint of step {name} is half-written and was left out")
-            shutil.rmtree(path)
+        if processes.is_first():
+            self._sweep()
+        processes.meet("restore")
         bad: list[int] = []
         for step in reversed(self.steps()):
             state, reason = self._try(step, shapes, data)
             if state is not None:
-                for number in bad:
-                    self._set_aside(number)
+                if processes.is_first():
+                    for number in bad:
+                        self._set_aside(number)
                 return state
             self._say(f"the checkpoint of step {step} can't be used: {reason}")
             bad.append(step)
@@ -147,21 +229,26 @@ class Checkpoints:
             )
         return None
 
+    def _sweep(self) -> None:
+        for path in sorted(self._folder.glob(f"{_SAVING}*")):
+            # Orbax writes under a temporary name of its own, which begins with the one given.
+            name = path.name.removeprefix(_SAVING).partition(".")[0]
+            self._say(f"the checkpoint of step {name} is half-written and was left out")
+            shutil.rmtree(path)
+
     def _try(self, step: int, shapes: State, data: Any) -> tuple[State | None, str]:
         folder = self._folder / str(step)
         if reason := cache.damage(folder, folder / cache.MANIFEST):
             return None, reason
         try:
-            meta = self._orbax.restore(folder, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-            self._compare(step, meta["meta"])
+            small = ocp.args.Composite(meta=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
+            found = self._orbax.restore(folder, args=small)
+            self._compare(step, found["meta"])
             target = jax.tree.map(_on_device, shapes)
             restored = self._orbax.restore(
-                folder,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target),
-                    data=grain.checkpoint.CheckpointRestore(data),
-                ),
+                folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
             )
+            data.set_state(json.loads(found["data"]["position"]))
         except UsageError:
             raise
         except Exception as error:  # whatever Orbax, TensorStore or JSON find wrong with a file
@@ -223,8 +310,15 @@ class Checkpoints:
         return f"{kept}free some space and run again with --resume"
 
 
+def _copied(state: State) -> State:
+    """The state, safe from donation: Orbax writes from the CPU device's own memory."""
+    if jax.default_backend() != "cpu":
+        return state
+    return jax.tree.map(lambda x: x.copy(), state)
+
+
 def _on_device(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

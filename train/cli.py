@@ -53,9 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         # Here and not above: --help and a wrong key shall not wait for JAX.
-        from train.loop import run
+        if command.config.compile_only:
+            from train.topology import show
 
-        run(command)
+            show(command)
+        else:
+            from train.loop import run
+
+            run(command)
         return 0
     except TrainError as error:
         return _fail(error, error.exit_code)
@@ -74,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(message: object, code: int) -> int:
     word = "stopped" if code > 2 else "error"
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized() and jax.process_index():
+        word = f"process {jax.process_index()}: {word}"
     print(f"{word}: {one_line(message)}", file=sys.stderr, flush=True)
     return code
 

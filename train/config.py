@@ -197,7 +197,10 @@ class TrainConfig:
     steps: int = 350
     """Optimizer steps"""
     batch_size: int = 8
-    """Sequences in a step"""
+    """Sequences in a step, on all devices together"""
+    micro_batch_size: int | None = None
+    """Sequences that are computed at a time, on all devices together: a step adds up the gradients
+    of as many parts as it takes; None is all at once"""
     sequence_length: int = 256
     """Tokens in a sequence"""
     seed: int = 0
@@ -222,7 +225,21 @@ class CheckpointConfig:
     every: int = 100
     """Steps between checkpoints; the last step always has one"""
     keep: int = 2
-    """Checkpoints that are kept"""
+    """Newest checkpoints that are kept"""
+    keep_best: int = 0
+    """Checkpoints that are kept beside them: those of the lowest validation loss among the
+    evaluations on a part of the held-out split, each of which is saved if it is among them"""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices share the work: all of them split the sequences of a step."""
+
+    data: int | None = None
+    """Groups of devices that each hold all of the model; None is what --mesh.fsdp leaves"""
+    fsdp: int | None = None
+    """Devices that split the weights and the optimizer state; None is what --mesh.data leaves, and
+    1 if that is not given either (with --compile_only: all)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +268,7 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     weights: str | None = None
     """Hugging Face folder or .gguf file that the first weights come from, and the tokenizer unless
     one is named; --model PATH gives it along with the model's configuration"""
@@ -258,6 +276,11 @@ class Config:
     """Folder of this run; None is a new one, runs/EXPERIMENT-MODEL-OPTIMIZER[-N]"""
     resume: bool = False
     """Go on from the newest good checkpoint of the run"""
+    compile_only: bool = False
+    """Compile the step and print its memory and its traffic between devices; no data is read"""
+    topology: str | None = None
+    """The TPU slice to compile for, which this machine need not have, e.g. v5e:4x4 (needs the extra
+    aot); None is this machine's own devices"""
 
 
 def resolve(config: Config) -> Config:
@@ -273,6 +296,8 @@ def validate(config: Config) -> None:
     """Raises UsageError for the first value that can't work; nothing is allocated before."""
     for key, fewest in _WHOLE_NUMBERS.items():
         value = get(config, key)
+        if value is None and key in _OPTIONAL:
+            continue
         if not fewest <= value <= _INT32_MAX:
             limit = "" if value < fewest else f" and at most {_INT32_MAX}"
             raise UsageError(f"--{key} {value}: give a whole number of at least {fewest}{limit}")
@@ -308,6 +333,9 @@ def validate(config: Config) -> None:
             f"which --train.eval_every {config.train.eval_every} leaves none; give fewer than the "
             f"{config.train.steps} steps of the run"
         )
+    _validate_micro_batches(config)
+    if config.topology is not None and not config.compile_only:
+        raise UsageError(f"--topology {config.topology}: is compiled for alone; add --compile_only")
     if config.lora.only and not config.lora.rank:
         raise UsageError("--lora.only: there are no adapters to train; give --lora.rank, e.g. 8")
     if config.data.segments and config.data.layout != "packed":
@@ -331,6 +359,39 @@ def validate(config: Config) -> None:
         )
 
 
+def _validate_micro_batches(config: Config) -> None:
+    size, rows = config.train.micro_batch_size, config.train.batch_size
+    if size is None:
+        return
+    key = f"--train.micro_batch_size {size}"
+    if rows % size:
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - size))
+        raise UsageError(
+            f"{key}: does not divide --train.batch_size {rows}; give a divisor, e.g. {nearest}"
+        )
+    if size == rows or not config.train.fused_backward:
+        return
+    # What is added up in a fused pass is what the optimizer keeps of a gradient.
+    if config.optimizer.name not in SUBSPACE or config.lora.rank:
+        what = "adapters" if config.lora.rank else config.optimizer.name
+        raise UsageError(
+            f"{key}: {what} would need the whole gradient tree, which --train.fused_backward never "
+            f"has; leave one of the two out, or train without adapters by one of "
+            f"{', '.join(SUBSPACE)}"
+        )
+    if config.optimizer.clip_norm is not None:
+        raise UsageError(
+            f"{key}: the gradient's norm is not known before the last micro-batch, by which "
+            "--train.fused_backward has let go of the first; add --optimizer.clip_norm None"
+        )
+    if config.model.dtype == "float16":
+        raise UsageError(
+            f"{key}: a micro-batch that overflows would be left out of its step; with "
+            "--train.fused_backward give --model.dtype bfloat16"
+        )
+
+
 # Every byte is a piece, so that no text is lost; the rest is for what the corpus repeats.
 LEAST_PIECES = 260
 _INT32_MAX = 2**31 - 1
@@ -345,15 +406,21 @@ _WHOLE_NUMBERS = {
     "data.split_seed": 0,
     "train.steps": 1,
     "train.batch_size": 1,
+    "train.micro_batch_size": 1,
     "train.sequence_length": 2,
     "train.seed": 0,
     "train.eval_every": 1,
     "train.eval_batches": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "checkpoint.keep_best": 0,
+    "mesh.data": 1,
+    "mesh.fsdp": 1,
     "log.every": 1,
     "log.print_every": 1,
 }
+
+_OPTIONAL = ("train.micro_batch_size", "mesh.data", "mesh.fsdp")
 
 # key: lowest, highest, whether the lowest itself is allowed.
 _RANGES = {

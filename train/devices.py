@@ -21,9 +21,13 @@ def idle_accelerator(root: Path = Path("/")) -> str | None:
         return None
     if any((root / name).exists() for name in _NVIDIA):
         return "cuda"
-    if any((root / name).exists() for name in _TPU) or any(v in os.environ for v in _TPU_VARIABLES):
-        return "tpu"
-    return None
+    return "tpu" if has_tpu(root) else None
+
+
+def has_tpu(root: Path = Path("/")) -> bool:
+    """Whether the machine has a TPU, by its device files or variables."""
+    files = (root / name for name in _TPU)
+    return any(file.exists() for file in files) or any(v in os.environ for v in _TPU_VARIABLES)
 
 
 def warning(kind: str) -> str:

@@ -2,9 +2,11 @@
 
 import logging
 import math
+import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import numpy as np
 
 from models import lora
 from models.llama import pieces
-from optax_subspace import dequantize
+from optax_subspace import FusedStep, dequantize
 from train import (
     batches,
     corpus,
     devices,
     memory,
+    mesh,
+    placement,
+    processes,
     records,
     report,
     rundir,
@@ -30,6 +35,7 @@ from train import (
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import Command
 from train.clock import Clock
+from train.config import Config
 from train.errors import DivergedError, Interrupted, UsageError, one_line
 from train.optimizer import Optimizer, make, skipped_gradients
 from train.screen import Screen, duration
@@ -38,6 +44,7 @@ from train.step import (
     Metrics,
     State,
     all_finite,
+    everywhere,
     init_state,
     make_eval_step,
     make_fused,
@@ -58,10 +65,15 @@ def run(command: Command) -> None:
     # Orbax, tfds and grain log what the trainer tells in its own words; errors are raised as well.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    config, screen = command.config, Screen()
+    processes.join()
+    config = command.config
+    screen = Screen(None if processes.is_first() else open(os.devnull, "w"))  # noqa: SIM115
     if config.log.tensorboard:
         tensorboard.check()
     place = rundir.choose(command)
+    grid = mesh.make(config.mesh)
+    mesh.check_rows(config, grid)
+    work = mesh.Work(grid, config.train.micro_batch_size)
     if kind := devices.idle_accelerator():
         screen.say(f"warning: {devices.warning(kind)}")
 
@@ -71,33 +83,31 @@ def run(command: Command) -> None:
     stream = batches.training(
         data, config.train.batch_size, config.train.sequence_length, config.train.seed
     )
-    is_fused, int8 = config.train.fused_backward, config.train.int8_weights
-    optimizer = make(config.optimizer, config.train.steps, is_fused, config.lora)
+    is_fused = config.train.fused_backward
     key = jax.random.key(config.train.seed)
     seed = config.train.seed if config.train.stochastic_rounding else None
-    fused = make_fused(config.model, optimizer, seed) if is_fused else None
-    initial = jax.jit(
-        lambda key, params=None: init_state(config.model, optimizer, key, int8, fused, params),
-        donate_argnums=1,
-    )
-    shapes = jax.eval_shape(initial, key)
+    optimizer, fused, begin = prepare(config, work)
+    shapes = placement.place(jax.eval_shape(begin, key), optimizer, grid)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    initial = jax.jit(begin, donate_argnums=1, out_shardings=shardings)
 
     adapters = sum(leaf.size for leaf in lora.adapters(shapes.params))
     screen.say(
         f"Model {command.model}: {config.model.num_params():,} parameters"
         f"{f' and {adapters:,} of adapters' if adapters else ''}. Experiment "
-        f"{command.experiment} with {config.optimizer.name}.\n{data.name}.\n"
+        f"{command.experiment} with {config.optimizer.name} on {grid}.\n{data.name}.\n"
     )
     report.print_projection(screen, optimizer, jax.eval_shape(dequantize, shapes.params))
     batch = batches.shapes(config.data, config.train.batch_size, config.train.sequence_length)
+    batch = mesh.with_shardings(batch, jax.tree.map(lambda _: grid.rows, batch))
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
-    jitted = make_train_step(config.model, optimizer, seed, fused)
+    jitted = make_train_step(config.model, optimizer, seed, fused, work, shardings)
     train_step = jitted.lower(shapes, batch).compile()
     loss_fn = make_loss(config.model, optimizer)
     parts = pieces(config.model) if is_fused else None
     remat, only = config.model.remat, config.lora.only
-    predicted = memory.predict(shapes, batch, loss_fn, parts, remat, only)
+    predicted = memory.predict(shapes, batch, loss_fn, parts, remat, only, work)
     measured = memory.measure(train_step, shapes)
     report.print_memory(screen, predicted, measured, is_fused)
 
@@ -113,6 +123,7 @@ def run(command: Command) -> None:
         config.checkpoint.keep,
         fingerprint(config, data.key, shapes, weights.key(config.weights)),
         lambda line: screen.say(f"warning: {line}"),
+        config.checkpoint.keep_best,
     )
     state = checkpoints.restore(shapes, stream) if place.resumes else None
     if state is not None:
@@ -121,20 +132,42 @@ def run(command: Command) -> None:
         screen.say(f"There is no checkpoint in {place.path} yet: beginning at the first step.")
     else:
         screen.say(f"Writing to {place.path}.")
-    report.save_memory(place.memory, predicted, measured)
-    trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step)
+    if processes.is_first():
+        report.save_memory(place.memory, predicted, measured)
+        weights.keep_tokenizer(data.tokenizer, place.path, weights.context(config))
+    trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step, work)
     if state is None:
         first = config.weights and weights.read(config.weights, config.model, "--weights")
         state = initial(key, first or None)
         del first
-    weights.keep_tokenizer(data.tokenizer, place.path, weights.context(config))
     try:
         trainer.train(state, stream)
     finally:
         screen.stop()
         stream.close()
+        checkpoints.close()
         trainer.close()
         lock.close()
+
+
+def prepare(
+    config: Config, work: mesh.Work
+) -> tuple[Optimizer, FusedStep | None, Callable[..., State]]:
+    """The optimizer, the fused step if there is one, and the state before the first step by key."""
+    is_fused, shards = config.train.fused_backward, work.shards
+    parts = config.train.batch_size // (work.micro_batch_size or config.train.batch_size)
+    accumulate = parts if is_fused else 1
+    optimizer = make(
+        config.optimizer, config.train.steps, is_fused, config.lora, shards, accumulate
+    )
+    seed = config.train.seed if config.train.stochastic_rounding else None
+    fused = make_fused(config.model, optimizer, seed, work) if is_fused else None
+    int8 = config.train.int8_weights
+
+    def begin(key: jax.Array, params: Any = None) -> State:
+        return init_state(config.model, optimizer, key, int8, fused, params, shards)
+
+    return optimizer, fused, begin
 
 
 class Trainer:
@@ -149,15 +182,17 @@ class Trainer:
         optimizer: Optimizer,
         held_out: batches.HeldOut | batches.HeldOutRows,
         train_step: Any,
+        work: mesh.Work,
     ):
         self.command, self.config = command, command.config
         self.screen, self.place, self.checkpoints = screen, place, checkpoints
         self.optimizer, self.held_out = optimizer, held_out
-        self.train_step = train_step
-        self.eval_step = make_eval_step(self.config.model)
-        self.subspace_step = make_subspace_step(self.config.model, optimizer)
-        self.hamiltonian_step = make_hamiltonian_step(optimizer)
-        self.finite = jax.jit(all_finite)
+        assert work.mesh is not None
+        self.train_step, self.mesh = train_step, work.mesh
+        self.eval_step = make_eval_step(self.config.model, work)
+        self.subspace_step = make_subspace_step(self.config.model, optimizer, work)
+        self.hamiltonian_step = make_hamiltonian_step(optimizer, work)
+        self.finite = jax.jit(all_finite, out_shardings=everywhere(work))
         self.files: list[records.Records | tensorboard.Board] = []
         self.input_wait = 0.0  # seconds
 
@@ -168,28 +203,34 @@ class Trainer:
         self._open_files(done)
         self.clock = Clock(config.train.batch_size * config.train.sequence_length)
         self.screen.start(steps, done)
+        stop = processes.Shared(self.mesh)
         late = None  # the metrics of the step before: read while the device does the next one
         with Signals(self._interrupted_again) as signals:
             for step in range(done + 1, steps + 1):
-                batch = self._take(stream, step, state, late)
+                batch = self.mesh.put(self._take(stream, step, state, late))
                 state, metrics = self.train_step(state, batch)
                 self._record(late)
+                self.checkpoints.poll()
                 late = (step, metrics)
+                received = stop.update(signals.received)
                 evaluates = step % config.train.eval_every == 0 and step < steps
                 saves = step % config.checkpoint.every == 0 or step == steps
-                if evaluates or saves or signals.received:
+                if evaluates or saves or received:
                     # The step's own metrics first: a loss that is no number is never saved.
                     self._record(late)
                     late = None
+                    score = None
                     with self.clock.paused():
                         if evaluates:
-                            self._evaluate_part(step, state, batch)
-                        if saves or signals.received:
+                            score = self._evaluate_part(step, state, batch)
+                            saves = saves or self.checkpoints.is_among_best(score)
+                        if saves or received:
                             self._check(step, state)
                             self.metrics.sync()
-                            self.checkpoints.save(step, state, stream)
-                if signals.received and step < steps:
-                    raise Interrupted(self._how_to_resume(step), signals.received)
+                            self.checkpoints.save(step, state, stream, score)
+                if received and step < steps:
+                    self.checkpoints.wait()
+                    raise Interrupted(self._how_to_resume(step), received)
             self.screen.stop()
             speed = throughput.row(steps, done, self.clock, config)
             self._finish(steps, state, speed, signals)
@@ -219,6 +260,10 @@ class Trainer:
     def _open_files(self, done: int) -> None:
         """The rows of metrics and of speed, and TensorBoard's events of both if asked for."""
         self.done, place, mirror = done, self.place, None
+        self.metrics: records.Records = records.NoRecords()
+        self.throughput: records.Records = self.metrics
+        if not processes.is_first():
+            return
         if self.config.log.tensorboard:
             board = tensorboard.Board(place.tensorboard)
             self.files.append(board)
@@ -271,7 +316,8 @@ class Trainer:
         if not self.finite(state):
             raise DivergedError(self._diverged(step, "a parameter or moment is not finite"))
 
-    def _evaluate_part(self, step: int, state: State, batch: Any) -> None:
+    def _evaluate_part(self, step: int, state: State, batch: Any) -> float:
+        """Scores a part of the held-out split, and returns its loss."""
         loss, tokens = self._evaluate(state, self.config.train.eval_batches)
         if not math.isfinite(loss):
             raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
@@ -290,6 +336,7 @@ class Trainer:
         if self.config.log.hamiltonian:
             line += f", Hamiltonian {self._energy(step, state, loss):.3f}"
         self.screen.say(line)
+        return loss
 
     def _energy(self, step: int, state: State, loss: float) -> float:
         """Writes the Hamiltonian at an evaluation, and what a step took of it since the last."""
@@ -310,10 +357,11 @@ class Trainer:
         config = self.config.train
         total, count = 0.0, 0
         for batch in self.held_out.batches(config.batch_size, config.sequence_length, most):
-            nats, tokens = self.eval_step(state.params, batch)
+            nats, tokens = self.eval_step(state.params, self.mesh.put(batch))
             # Summed in double precision, in a fixed order.
             total, count = total + float(nats), count + int(tokens)
-            if signals is not None and signals.received:
+            if signals is not None and signals.received and jax.process_count() == 1:
+                self.checkpoints.wait()
                 raise Interrupted(self._how_to_resume(self.config.train.steps), signals.received)
         return total / count, count
 
@@ -322,6 +370,7 @@ class Trainer:
         loss, tokens = self._evaluate(state, signals=signals)
         if not math.isfinite(loss):
             raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
+        self.checkpoints.wait()
         unigram = batches.unigram_entropy(self.held_out.targets)
         # (None where documents were cut.)
         text_bytes = self.held_out.text_bytes
@@ -340,6 +389,8 @@ class Trainer:
         }
         self.metrics.write(final)
         self.metrics.sync()
+        if not processes.is_first():
+            return
         report.draw(records.read(self.place.metrics), self.place.figure)
         paths = {
             "checkpoint": self.checkpoints.path(step),
@@ -371,6 +422,7 @@ class Trainer:
         return shlex.join([str(interpreter), "-m", "train", *words, "--resume"])
 
     def _diverged(self, step: int, what: str) -> str:
+        self.checkpoints.wait()
         saved = self.checkpoints.steps()
         kept = (
             f"the last good checkpoint is {self.checkpoints.path(saved[-1])}"

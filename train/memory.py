@@ -11,7 +11,8 @@ from jax.extend.core import Var
 from models import lora
 from models.llama import Pieces
 from optax_subspace import dequantize
-from train.step import State, block_input, run_block
+from train.mesh import Mesh, Work, local_bytes
+from train.step import ALONE, State, block_input, run_block
 
 # With a schedule, as the trainer runs it.
 _ADAMW = optax.adamw(lambda step: 1e-3)
@@ -21,7 +22,9 @@ class Predicted(NamedTuple):
     """Bytes that follow from shapes and dtypes alone."""
 
     weights: int
-    gradients: int  # one full tree, in a fused step of its largest part; of int8 weights, as arrays
+    # One full tree, in a fused step of its largest part; of int8 weights, as arrays. Micro-batches
+    # are added up in a second one, in float32.
+    gradients: int
     activations: int  # kept for the backward pass; a block that is recomputed is not counted
     optimizer_state: int
     adamw_state: int  # what full-rank AdamW would keep for the same weights
@@ -71,36 +74,55 @@ def predict(
     parts: Pieces | None = None,
     remat: bool = False,
     adapters_only: bool = False,
+    work: Work = ALONE,
 ) -> Predicted:
-    """Bytes by part; `state` and `batch` may be shapes only.
+    """Bytes by part on one device; `state` and `batch` may be shapes only, with their shardings.
 
     `loss_fn` is the function of parameters and a batch that the step differentiates. A fused
     backward pass takes the model by its `parts`, and keeps of its layers their inputs alone with
     `remat`. If the adapters alone are trained, nothing else has a gradient.
     """
     arrays = jax.eval_shape(dequantize, state.params)
+    own = arrays if work.mesh is None else _own_part(arrays, work.mesh)
+    whole_batch, batch = batch, _at_a_time(batch, work)
     trained = lora.adapters if adapters_only else lambda tree: tree
     if parts is None:
-        gradients, activations = tree_bytes(trained(arrays)), _saved_bytes(loss_fn, arrays, batch)
+        gradients, activations = tree_bytes(trained(own)), _saved_bytes(loss_fn, arrays, batch)
+        if work.micro_batch_size and work.micro_batch_size < whole_batch.inputs.shape[0]:
+            gradients += sum(4 * math.prod(x.shape) for x in jax.tree.leaves(own))
     else:
         layers = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p["layers"]), arrays)
         rest = {name: part for name, part in arrays.items() if name != "layers"}
-        gradients = max(tree_bytes(trained(part)) for part in (layers, *rest.values()))
+        count = jax.tree.leaves(arrays["layers"])[0].shape[0]
+        of_rest = (tree_bytes(trained(part)) for name, part in own.items() if name != "layers")
+        gradients = max(tree_bytes(trained(own["layers"])) // count, *of_rest)
         x = jax.eval_shape(lambda p, b: block_input(parts, p, b), arrays, batch)
         one = _saved_bytes(lambda layer, x: run_block(parts, layer, x), layers, x)
         head = lambda part, b: parts.loss(part[0], part[1][0], b.targets, b.mask)[0]
         end = _saved_bytes(head, (rest, x), batch)
-        count = jax.tree.leaves(arrays["layers"])[0].shape[0]
         # The loss ends before the walk begins, which has one block's at a time.
         activations = count * tree_bytes(x) + max(one, end) if remat else count * one + end
     return Predicted(
-        weights=tree_bytes(state.params),
+        weights=local_bytes(state.params),
         gradients=gradients,
         activations=activations,
-        optimizer_state=tree_bytes(state.opt_state),
-        adamw_state=tree_bytes(jax.eval_shape(_ADAMW.init, arrays)),
-        batch=tree_bytes((batch, state.step)),
+        optimizer_state=local_bytes(state.opt_state),
+        adamw_state=tree_bytes(jax.eval_shape(_ADAMW.init, own)),
+        batch=local_bytes((whole_batch, state.step)),
     )
+
+
+def _own_part(arrays: Any, mesh: Mesh) -> Any:
+    """Shapes of what one device holds of each parameter."""
+    shape = lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype)
+    return jax.tree.map(shape, arrays, mesh.of_params(arrays))
+
+
+def _at_a_time(batch: Any, work: Work) -> Any:
+    """Shapes of the rows that one device computes at a time."""
+    devices = 1 if work.mesh is None else work.mesh.size
+    rows = lambda x: (work.micro_batch_size or x.shape[0]) // devices
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows(x), *x.shape[1:]), x.dtype), batch)
 
 
 def measure(compiled: Any, state: State) -> Measured | None:

@@ -49,10 +49,14 @@ def make(
     steps: int,
     fused: bool = False,
     adapters: LoraConfig = NO_ADAPTERS,
+    shards: int = 1,
+    accumulate: int = 1,
 ) -> Optimizer:
     """Clipping by global norm, then the named optimizer under the warm-up and cosine schedule.
 
-    In the fused backward pass no transformation sees all gradients: the step clips.
+    In the fused backward pass no transformation sees all gradients: the step clips, and
+    `accumulate` micro-batches are added up in the subspace. Blocks of 8-bit states keep to each of
+    `shards` parts of an axis.
     """
     assert config.learning_rate is not None, "train.config.resolve fills it in"
     schedule = warmup_cosine(
@@ -66,11 +70,12 @@ def make(
             "rules": subspace_rules(),
             "projector_dtype": config.projector_dtype,
             "weight_decay": config.weight_decay,
+            "accumulate": accumulate,
         }
         if config.name in GALORE:
             settings["every"] = config.every
     adam: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
-    storage: dict[str, Any] = {"code": config.code}
+    storage: dict[str, Any] = {"code": config.code, "shards": shards}
     if config.code in FIRST_MOMENTS_ALONE:
         storage["rules"] = [("(^|/)nu/", "dynamic")]
     kinetic = None

@@ -11,10 +11,12 @@
 
 import fcntl
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from train import processes
 from train.cache import write_atomically
 from train.cli import Command
 from train.config import flatten
@@ -60,17 +62,36 @@ class RunDir(NamedTuple):
     def open(self, command: Command) -> "tuple[RunDir, Any]":
         """Makes the folder and takes its lock, which ends with the process; keep the lock.
 
-        Of two runs that begin at once, one takes the next number.
+        Of two runs that begin at once, one takes the next number. Of several processes the first
+        one does it for all.
 
         Raises:
           UsageError: the folder can't be made, another process is training in it, or a run has
             come into it since it was chosen.
         """
+        locks = []
+
+        def take() -> list[Any]:
+            place, lock = self._take(command)
+            locks.append(lock)
+            return place._as_json()
+
+        place = RunDir._from_json(processes.from_first(take))
+        return place, locks[0] if locks else open(os.devnull)  # noqa: SIM115
+
+    def _as_json(self) -> list[Any]:
+        return [str(self.path), self.resumes, self.base]
+
+    @classmethod
+    def _from_json(cls, fields: list[Any]) -> "RunDir":
+        return cls(Path(fields[0]), *fields[1:])
+
+    def _take(self, command: Command) -> "tuple[RunDir, Any]":
         try:
             self.path.mkdir(parents=True, exist_ok=not self.base)
         except FileExistsError:
             if self.path.is_dir():
-                return self._replace(path=_numbered(self.base, _newest(self.base) + 1)).open(
+                return self._replace(path=_numbered(self.base, _newest(self.base) + 1))._take(
                     command
                 )
         except OSError:
@@ -106,6 +127,10 @@ def choose(command: Command) -> RunDir:
     A folder that is named must be free unless the run is resumed. Without a name a new run takes
     the next free number, and `--resume` the newest run of this experiment, model and optimizer.
     """
+    return RunDir._from_json(processes.from_first(lambda: _choose(command)._as_json()))
+
+
+def _choose(command: Command) -> RunDir:
     config = command.config
     if config.run_dir is not None:
         path = Path(config.run_dir)

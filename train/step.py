@@ -21,7 +21,10 @@ from optax_subspace import (
     subspace_metrics,
 )
 from train.batches import Batch
+from train.mesh import Mesh, Work, over_rows
 from train.optimizer import Optimizer
+
+ALONE = Work()  # one device, all rows at once
 
 
 class State(NamedTuple):
@@ -36,9 +39,17 @@ class Metrics(NamedTuple):
     """What a step reports, () float32 each."""
 
     loss: jax.Array  # before the update
-    grad_norm: jax.Array  # before clipping
+    # Before clipping; of micro-batches in a fused step, which has no sum, the root mean square.
+    grad_norm: jax.Array
     learning_rate: jax.Array
     skipped: jax.Array  # 1 if float16 overflowed, so that the step changed nothing
+
+
+class Weighted(NamedTuple):
+    """A micro-batch of a fused step."""
+
+    batch: Batch
+    weight: jax.Array  # (), its share of the step's tokens x the number of micro-batches
 
 
 def init_state(
@@ -48,10 +59,12 @@ def init_state(
     int8_weights: bool = False,
     fused: FusedStep | None = None,
     params: Any = None,
+    shards: int = 1,
 ) -> State:
     """The state before the first step; under `jax.eval_shape` nothing is allocated.
 
-    Pretrained `params` take the place of random ones.
+    Pretrained `params` take the place of random ones. Blocks of int8 weights keep to each of
+    `shards` parts of an axis.
     """
     params = llama.init_params(model, key) if params is None else params
     if optimizer.adapters.rank:
@@ -59,24 +72,41 @@ def init_state(
         params = lora.add(params, optimizer.adapters.rank, optimizer.adapters.alpha, of_adapters)
     opt_state = (fused or optimizer.tx).init(params)
     if int8_weights:
-        params = kernels_in_int8(params)
+        params = kernels_in_int8(params, shards)
     return State(jnp.zeros([], jnp.int32), params, opt_state)
 
 
-def kernels_in_int8(params: Any) -> Any:
+def kernels_in_int8(params: Any, shards: int = 1) -> Any:
     """The layers' kernels in int8, layer by layer, so that each can be taken out of the stack."""
     rules = llama.subspace_rules()
-    store = lambda layer: quantize_weights({"layers": layer}, rules, min_size=0)["layers"]
+    whole = lambda layer: quantize_weights({"layers": layer}, rules, min_size=0, shards=shards)
+    store = lambda layer: whole(layer)["layers"]
     return {**params, "layers": jax.vmap(store)(params["layers"])}
 
 
-def make_fused(model: LlamaConfig, optimizer: Optimizer, seed: int | None = None) -> FusedStep:
-    """The model's parts and the optimizer in a fused backward pass."""
-    parts, trained = llama.pieces(model), _trained(optimizer)
+def make_fused(
+    model: LlamaConfig, optimizer: Optimizer, seed: int | None = None, work: Work = ALONE
+) -> FusedStep:
+    """The model's parts and the optimizer in a fused backward pass over `Batch` or `Weighted`."""
+    parts, trained, mesh = llama.pieces(model), _trained(optimizer), work.mesh
+    of_batch = lambda batch: batch.batch if isinstance(batch, Weighted) else batch
+    # Given what it reads alone: the step updates the rest at the other end.
+    start, end = ("embed",), ("norm", "embed" if model.tie_embeddings else "head")
+    pick = lambda rest, keys: trained({key: rest[key] for key in keys})
+    embed = over_rows(mesh, lambda rest, batch: block_input(parts, rest, batch))
+    block = over_rows(mesh, lambda layer, x: run_block(parts, layer, x), "layers/")
+    mean = _over_rows_mean(
+        mesh, lambda part, x, batch: parts.loss(part, x[0], batch.targets, batch.mask)
+    )
+
+    def loss(rest: Any, x: Any, batch: Any) -> jax.Array:
+        value = mean(pick(rest, end), x, of_batch(batch))[0]
+        return value * batch.weight if isinstance(batch, Weighted) else value
+
     return fused_backward(
-        lambda rest, batch: block_input(parts, trained(rest), batch),
-        lambda layer, x: run_block(parts, trained(layer), x),
-        lambda rest, x, batch: parts.loss(trained(rest), x[0], batch.targets, batch.mask)[0],
+        lambda rest, batch: embed(pick(rest, start), of_batch(batch)),
+        lambda layer, x: block(trained(layer), x),
+        loss,
         optimizer.tx,
         clip_norm=optimizer.clip_norm,
         grad_norm=True,
@@ -100,12 +130,83 @@ def run_block(parts: llama.Pieces, layer: Any, x: tuple[jax.Array, ...]) -> tupl
     return parts.block(layer, *x), *x[1:]
 
 
-def make_loss(model: LlamaConfig, optimizer: Optimizer) -> Callable[[Any, Batch], jax.Array]:
+def make_loss(
+    model: LlamaConfig, optimizer: Optimizer, work: Work = ALONE
+) -> Callable[[Any, Batch], jax.Array]:
     """A function of parameters and a batch: mean nats a token, ()."""
     definition, trained = llama.graphdef(model), _trained(optimizer)
-    return lambda params, batch: llama.merge(definition, trained(params)).loss(
-        batch.inputs, batch.targets, batch.mask, batch.segments
-    )[0]
+    mean = _over_rows_mean(
+        work.mesh,
+        lambda params, batch: llama.merge(definition, params).loss(
+            batch.inputs, batch.targets, batch.mask, batch.segments
+        ),
+    )
+    return lambda params, batch: mean(trained(params), batch)[0]
+
+
+def _over_rows_mean(mesh: Mesh | None, found: Callable[..., Any]) -> Callable[..., Any]:
+    """`found`, which returns a mean and the number of tokens in it, over all devices' rows."""
+    if mesh is None or mesh.size == 1:
+        return found
+
+    def sums(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        mean, count = found(*arguments)
+        return (mean * count)[None], count[None]
+
+    each = over_rows(mesh, sums)
+
+    def whole(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        totals, counts = each(*arguments)
+        count = jnp.sum(counts)
+        return jnp.sum(totals) / jnp.maximum(count, 1.0), count
+
+    return whole
+
+
+def make_gradient(
+    model: LlamaConfig, optimizer: Optimizer, work: Work = ALONE
+) -> Callable[[Any, Batch], tuple[jax.Array, Any]]:
+    """A function of parameters, as arrays, and a batch: the mean loss and its gradient.
+
+    Micro-batches are added up in float32, each with its share of the tokens that count.
+    """
+    loss_fn, size = make_loss(model, optimizer, work), work.micro_batch_size
+    gradient = jax.value_and_grad(loss_fn)
+
+    def in_parts(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        weighted = lambda params, part: loss_fn(params, part.batch) * part.weight
+        parts = micro_batches(batch, size)
+        count = parts.weight.shape[0]
+
+        def add(total: Any, part: Weighted) -> tuple[Any, None]:
+            found = jax.value_and_grad(weighted)(params, part)
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype) / count, total, found), None
+
+        wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+        start = (jnp.float32(0), jax.tree.map(wide, params))
+        (loss, total), _ = jax.lax.scan(add, start, parts)
+        return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), total, params)
+
+    return lambda params, batch: (in_parts if _is_divided(batch, size) else gradient)(params, batch)
+
+
+def _is_divided(batch: Batch, size: int | None) -> bool:
+    return size is not None and size < batch.inputs.shape[0]
+
+
+def micro_batches(batch: Batch, size: int | None) -> Weighted:
+    """A batch in parts of `size` rows, which divides its own, on a new axis in front.
+
+    Part i has every n-th row from i on, so that rows which are split over devices stay there.
+    """
+    size = size or batch.inputs.shape[0]
+    count = batch.inputs.shape[0] // size
+    cut = lambda x: x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
+    parts = jax.tree.map(cut, batch)
+    if batch.mask is None:
+        return Weighted(parts, jnp.ones(count))
+    tokens = jnp.sum(parts.mask.astype(jnp.float32), axis=(1, 2))
+    return Weighted(parts, tokens * count / jnp.maximum(jnp.sum(tokens), 1.0))
 
 
 def _trained(optimizer: Optimizer) -> Callable[[Any], Any]:
@@ -118,23 +219,39 @@ def make_train_step(
     optimizer: Optimizer,
     seed: int | None = None,
     fused: FusedStep | None = None,
+    work: Work = ALONE,
+    shardings: State | None = None,
 ) -> Any:
     """A jitted function of the state, which is donated, and of a `Batch`.
 
-    With a `seed` weights of few bits are rounded stochastically; a `fused` step has its own.
+    With a `seed` weights of few bits are rounded stochastically; a `fused` step has its own. The
+    new state has the `shardings`, or those that the compiler chooses.
     """
-    loss_fn = make_loss(model, optimizer)
+    gradient = make_gradient(model, optimizer, work)
 
     def fused_train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         assert fused is not None
-        params, opt_state, found = fused.step(state.params, state.opt_state, batch)
+        step, carry = fused.step, (state.params, state.opt_state)
+        if _is_divided(batch, work.micro_batch_size):
+
+            def one(carry: Any, part: Weighted) -> tuple[Any, Any]:
+                params, opt_state, found = step(carry[0], carry[1], part)
+                return (params, opt_state), found
+
+            parts = micro_batches(batch, work.micro_batch_size)
+            carry, each = jax.lax.scan(one, carry, parts)
+            mean = jax.tree.map(lambda x: jnp.mean(x), each._replace(grad_norm=each.grad_norm**2))
+            found = mean._replace(grad_norm=jnp.sqrt(mean.grad_norm))
+        else:
+            params, opt_state, found = step(*carry, batch)
+            carry = params, opt_state
         rate = optimizer.schedule(state.step)
         metrics = Metrics(found.loss, found.grad_norm, rate, found.skipped)
-        return State(state.step + 1, params, opt_state), metrics
+        return State(state.step + 1, *carry), metrics
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         weights = dequantize(state.params)
-        loss, gradients = jax.value_and_grad(loss_fn)(weights, batch)
+        loss, gradients = gradient(weights, batch)
         updates, opt_state = optimizer.tx.update(gradients, state.opt_state, weights)
         # A function of the step alone, so that a resumed run draws the same.
         key = None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step)
@@ -143,7 +260,14 @@ def make_train_step(
         metrics = Metrics(loss, norm, rate, jnp.zeros([]))
         return State(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(fused_train_step if fused else train_step, donate_argnums=0)
+    out = None if shardings is None else (shardings, everywhere(work))
+    step = fused_train_step if fused else train_step
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def everywhere(work: Work) -> Any:
+    """The sharding of what a step reports: processes read it, so each device has it."""
+    return None if work.mesh is None else work.mesh.everywhere
 
 
 class SubspaceSummary(NamedTuple):
@@ -155,12 +279,12 @@ class SubspaceSummary(NamedTuple):
     skipped: jax.Array  # gradients that were not finite, of projected matrices
 
 
-def make_subspace_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
+def make_subspace_step(model: LlamaConfig, optimizer: Optimizer, work: Work = ALONE) -> Any:
     """A jitted function of the state and of a batch, whose gradient is measured."""
-    loss_fn = make_loss(model, optimizer)
+    gradient = make_gradient(model, optimizer, work)
 
     def subspace_step(state: State, batch: Batch) -> SubspaceSummary:
-        gradients = jax.grad(loss_fn)(dequantize(state.params), batch)
+        _, gradients = gradient(dequantize(state.params), batch)
         found = subspace_metrics(optimizer.tx, state.opt_state, gradients).values()
         if not found:
             return SubspaceSummary(*jnp.zeros(4))
@@ -172,10 +296,10 @@ def make_subspace_step(model: LlamaConfig, optimizer: Optimizer) -> Any:
             jnp.sum(join("skipped")),
         )
 
-    return jax.jit(subspace_step)
+    return jax.jit(subspace_step, out_shardings=everywhere(work))
 
 
-def make_hamiltonian_step(optimizer: Optimizer) -> Any:
+def make_hamiltonian_step(optimizer: Optimizer, work: Work = ALONE) -> Any:
     """A jitted function of the state after a step and of the loss there: its energy."""
 
     def hamiltonian_step(state: State, loss: jax.Array) -> Hamiltonian:
@@ -183,19 +307,29 @@ def make_hamiltonian_step(optimizer: Optimizer) -> Any:
         params, tx, kinetic = dequantize(state.params), optimizer.tx, optimizer.kinetic
         return hamiltonian(loss, state.opt_state, tx, params, rate, kinetic=kinetic)
 
-    return jax.jit(hamiltonian_step)
+    return jax.jit(hamiltonian_step, out_shardings=everywhere(work))
 
 
-def make_eval_step(model: LlamaConfig) -> Any:
+def make_eval_step(model: LlamaConfig, work: Work = ALONE) -> Any:
     """A jitted function of parameters and a batch: total nats, tokens."""
-    definition = llama.graphdef(model)
+    definition, size = llama.graphdef(model), work.micro_batch_size
+    mean = _over_rows_mean(
+        work.mesh,
+        lambda params, batch: llama.merge(definition, params).loss(
+            batch.inputs, batch.targets, batch.mask, batch.segments
+        ),
+    )
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        model = llama.merge(definition, dequantize(params))
-        loss, count = model.loss(batch.inputs, batch.targets, batch.mask, batch.segments)
-        return loss * count, count
+        params = dequantize(params)
+        if not _is_divided(batch, size):
+            loss, count = mean(params, batch)
+            return loss * count, count
+        parts = micro_batches(batch, size).batch
+        losses, counts = jax.lax.map(lambda part: mean(params, part), parts)
+        return jnp.sum(losses * counts), jnp.sum(counts)
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, out_shardings=everywhere(work))
 
 
 def all_finite(state: State) -> jax.Array:
