@@ -98,10 +98,9 @@ def test_the_header_tells_command_memory_and_result(name):
     # The figure is that of the trainer's own state.
     said = float(re.search(r"^Memory: ([\d.]+) GiB of weights and optim", text, re.MULTILINE)[1])
     config = parse(words).config
-    if hasattr(config.train, "micro_batch_size"):  # whose sums come on top
-        config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, micro_batch_size=None)
-        )
+    # (The sums of micro-batches come on top.)
+    whole = dataclasses.replace(config.train, micro_batch_size=None)
+    config = dataclasses.replace(config, train=whole)
     fused = config.train.fused_backward
     optimizer = make(config.optimizer, config.train.steps, fused, config.lora)
     step = make_fused(config.model, optimizer) if fused else None

@@ -81,6 +81,16 @@ def test_an_index_is_built_once_and_an_interrupted_one_goes_on(folder, monkeypat
     assert scanned == ["a.json.gz", "b.jsonl", "b.jsonl"]
 
 
+def test_many_shards_are_indexed_by_several_processes(folder, monkeypatch):
+    (folder / "c.jsonl").write_text("{")
+    monkeypatch.setattr(shards, "_MANY_BYTES", 1)
+    monkeypatch.setattr(shards, "_scan", lambda *_: pytest.fail("read in this process"))
+    with pytest.raises(UsageError, match="c.jsonl: line 1 is not JSON"):
+        read(folder)
+    (folder / "c.jsonl").unlink()
+    assert texts(shards.Shards(read(folder))) == TEXTS
+
+
 def test_where_the_folder_cannot_be_written_the_index_is_in_the_cache(folder, monkeypatch):
     write_index = shards._write_index
 
