@@ -17,6 +17,14 @@ SMALL = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What the compiler is told must not stay for other tests."""
+    values = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    for name, value in {**values, "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+
+
 def test_here_a_step_is_compiled_without_data(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*SMALL, "--data.path", "no/such/text"]) == 0
@@ -35,7 +43,6 @@ def test_here_a_step_is_compiled_without_data(capsys, tmp_path, monkeypatch):
     [
         ("v5e", ["--topology v5e", "v5e:4x4"]),
         ("v9:2x2", ["--topology v9:2x2", "v5p"]),
-        ("v5e:0x0", ["--topology v5e:0x0"]),
     ],
 )
 def test_a_slice_that_does_not_exist_is_one_line(name, parts, capsys):
