@@ -10,7 +10,6 @@ import pytest
 from models.config import PRESETS
 from tests.train_helpers import finish, start
 from train.cli import description, main, parse
-from train.config import Config
 from train.errors import UsageError
 from train.experiments import EXPERIMENTS, header
 from train.memory import tree_bytes
@@ -22,8 +21,7 @@ ON_C4 = [name for name in PUBLISHED if EXPERIMENTS[name].on_c4]
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 STEPS = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000, "7b": 150_000}
 # Keys that other parts of the trainer bring.
-HAS_TOKENIZER = hasattr(Config().data, "tokenizer")
-TEXT = ["--data.path", "c4"] + (["--data.tokenizer", "spiece.model"] if HAS_TOKENIZER else [])
+TEXT = ["--data.path", "c4", "--data.tokenizer", "spiece.model"]
 
 
 def read(name, *words):
@@ -60,10 +58,8 @@ def test_the_c4_recipe_is_the_papers(name):
         assert optimizer.learning_rate == (0.005 if size == "7b" else 0.01)
     if "galore" in name:
         assert optimizer.every == (500 if size == "7b" else 200)
-    if hasattr(config.data, "layout"):
-        assert config.data.layout == "documents" and config.data.validation_tokens == 10_000_000
-    if hasattr(config.train, "micro_batch_size"):
-        assert config.train.batch_size % config.train.micro_batch_size == 0
+    assert config.data.layout == "documents" and config.data.validation_tokens == 10_000_000
+    assert config.train.batch_size % config.train.micro_batch_size == 0
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in ON_C4])
@@ -90,8 +86,6 @@ def test_the_header_tells_command_memory_and_result(name):
     text = header(name)
     command = re.search(r"^Command: python -m train (.*)$", text, re.MULTILINE)[1]
     words = shlex.split(command)
-    if not HAS_TOKENIZER and "--data.tokenizer" in words:
-        words = words[: words.index("--data.tokenizer")]
     assert parse(words).experiment == name
     result = re.search(r"^Published: (.*)\.$", text, re.MULTILINE)[1]
     assert re.search(r"\d|below|close|yardstick", result)
@@ -142,10 +136,9 @@ def test_without_c4_it_says_where_to_get_it(capsys, tmp_path, monkeypatch):
     err = capsys.readouterr().err
     assert err.startswith("error: --data.path: osd-60m trains on C4") and err.count("\n") == 1
     assert "c4-train.*.json.gz" in err and "allenai/c4" in err
-    if HAS_TOKENIZER:
-        assert main(["--experiment", "osd-60m", "--data.path", "c4"]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: --data.tokenizer:") and err.count("\n") == 1
+    assert main(["--experiment", "osd-60m", "--data.path", "c4"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --data.tokenizer:") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from train import cache, processes
 from train.config import Config, flatten
-from train.errors import TrainError, UsageError, no_space, one_line
+from train.errors import UsageError, no_space, one_line
 from train.memory import mebibytes
 from train.step import State
 
@@ -149,11 +149,13 @@ class Checkpoints:
             processes.agree(saving.exception())
 
     def close(self) -> None:
-        """Waits for what was begun, with a line about what fails: something else has before."""
-        try:
-            self.wait()
-        except TrainError as error:
-            self._say(str(error))
+        """Waits for what was begun, with a line about what fails: something else has before.
+
+        Other processes are not waited for, which may have ended.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None and (error := saving.exception()):
+            self._say(one_line(error))
         self._thread.shutdown()
         self._orbax.close()
 
@@ -283,9 +285,12 @@ class Checkpoints:
         if meta["leaves"] != self._identity["leaves"]:
             theirs, ours = meta["leaves"], self._identity["leaves"]
             path = next(p for p in [*ours, *theirs] if theirs.get(p) != ours.get(p))
+            # (Blocks of few bits keep to the part of a device.)
+            blocks = path in ours and path in theirs and "int8" in str(ours)
+            remedy = "give the --mesh.fsdp that it was saved with, or " if blocks else ""
             raise UsageError(
                 f"{where} holds {path} as {theirs.get(path)} where this program has "
-                f"{ours.get(path)}; begin a new run in another --run_dir"
+                f"{ours.get(path)}; {remedy}begin a new run in another --run_dir"
             )
         if meta["jax"] != jax.__version__:
             self._say(

@@ -9,7 +9,9 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computations)=([^ ]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|branch_computations|called_computations)=(\{[^}]*\}|[^ ,]+)"
+)
 _CHAIN = re.compile(r'chain_id="(\w+)"')
 
 

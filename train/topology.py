@@ -73,10 +73,12 @@ def show(command: Command) -> None:
         ["temporaries", gibibytes(found.temporaries), "gradients, activations and other work"],
         ["= peak", gibibytes(found.peak), f"it fits (compiled in {took})"],
     ]
-    screen.table("Memory of each device:", ["part", "GiB", ""], memory)
+    screen.say("\nMemory of each device:")
+    screen.table("", ["part", "GiB", ""], memory)
     moved = [[kind, gibibytes(size)] for kind, size in sorted(found.traffic.items())]
     moved.append(["= all", gibibytes(sum(found.traffic.values()))])
-    screen.table("\nResults of collectives in a step, on each device:", ["kind", "GiB"], moved)
+    screen.say("\nResults of collectives in a step, on each device:")
+    screen.table("", ["kind", "GiB"], moved)
 
 
 def devices(topology: str | None) -> tuple[list[Any], str]:
