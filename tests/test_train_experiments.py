@@ -49,7 +49,9 @@ def test_the_c4_recipe_is_the_papers(name):
     optimizer = config.optimizer
     assert (optimizer.warmup_fraction, optimizer.final_fraction) == (0.1, 0.1)
     assert optimizer.weight_decay == 0
-    assert optimizer.clip_norm == (1.0 if size == "7b" else None)
+    # (In the fused step of micro-batches there is no norm to clip by.)
+    clips = size == "7b" and not name.endswith("-24gb")
+    assert optimizer.clip_norm == (1.0 if clips else None)
     assert config.model.param_dtype == "bfloat16"
     shape = dataclasses.replace(config.model, param_dtype="float32", dtype="float32", remat=False)
     assert shape == PRESETS[size]
