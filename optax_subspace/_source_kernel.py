@@ -158,7 +158,8 @@ def source_dot_general(
     (left, right), (left_batch, right_batch) = dimension_numbers
     left, right = tuple(a % lhs.ndim for a in left), tuple(a % rhs.ndim for a in right)
     how = rhs.how
-    if left_batch or right_batch or set(right) != set(how.reduction) or options:
+    given = [name for name, value in options.items() if value is not None]
+    if left_batch or right_batch or set(right) != set(how.reduction) or given:
         raise rhs._unknown(f"dot_general over its axes {right} with batch axes {right_batch}")
     # (..., m), with the contracted axes in the order of the kernel's reduction axes.
     free = [a for a in range(lhs.ndim) if a not in left]

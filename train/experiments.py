@@ -91,7 +91,7 @@ def check_text(name: str, config: Config) -> None:
             "hub, and give their path"
         )
     # (To be merged: `config.data.tokenizer is None`, once there is that field.)
-    if getattr(config.data, "tokenizer", "") is None:
+    if config.data.tokenizer is None:
         raise UsageError(
             f"--data.tokenizer: perplexities of {name} compare with the published ones under "
             "T5's tokenizer alone; give the path of t5-base's spiece.model, or of another one"
