@@ -13,7 +13,11 @@ from models.config import LlamaConfig
 from models.gguf import read_tokenizer
 from models.llama import graphdef, merge
 from tests.test_pretrained import assert_same, weights
-from train.tokenizer import fit
+from train import runs
+from train import weights as weights_of_run
+from train.cli import parse
+from train.errors import UsageError
+from train.tokenizer import fit, open_tokenizer
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
@@ -224,6 +228,49 @@ def test_tokenizers_of_other_kinds_are_refused(tmp_path):
         read_tokenizer(write(tmp_path / "bert.gguf", change=add("bert", "x")))
     with pytest.raises(ValueError, match="cuts texts as 'qwen2'"):
         read_tokenizer(write(tmp_path / "qwen.gguf", change=add("gpt2", "qwen2")))
+
+
+def add_bytes(start):
+    """A tokenizer of bytes and two control tokens, of which the first may stand before a text."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<begin>", "<other>", "<end>", *alphabet, "th"]
+
+    def add(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3, 3, 3] + [1] * (len(alphabet) + 1))
+        writer.add_token_merges(["t h"])
+        writer.add_bos_token_id(0)
+        if start is not None:
+            writer.add_add_bos_token(start)
+
+    return dataclasses.replace(TINY, vocab_size=len(tokens)), add
+
+
+@pytest.mark.parametrize("start, before", [(None, ()), (True, (0,)), (False, ())])
+def test_a_file_is_a_whole_model_for_the_trainer(tmp_path, start, before):
+    config, add = add_bytes(start)
+    path = write(tmp_path / "m.gguf", config, change=add)
+    found = runs.load(str(path))
+    assert (found.name, found.context, found.start) == ("m", 128, before)
+    assert (found.tokenizer.end, found.tokenizer.vocab_size) == (2, config.vocab_size)
+    ids = found.tokenizer.encode("Über <end>")
+    assert ids[-2:].tolist() == [2, 2] and found.tokenizer.decode(ids[:-2]) == "Über "
+    command = parse(["--model", str(path), "--optimizer.name", "adamw"])
+    assert command.model == "m" and command.config.model.num_kv_heads == 2
+    # Kept beside a run and read again, it is the same.
+    weights_of_run.keep_tokenizer(found.tokenizer, tmp_path, 99)
+    again = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (
+        again.end == 2 and again.encode("Über").tolist() == found.tokenizer.encode("Über").tolist()
+    )
+
+
+def test_a_file_without_a_tokenizer_is_no_model_to_be_used(tmp_path):
+    path = write(tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match="m.gguf: lacks tokenizer.ggml.model"):
+        runs.load(str(path))
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from train.export import Arguments as ExportArguments
 from train.export import export
 from train.sample import Arguments as SampleArguments
 from train.sample import sample
-from train.weights import key
+from train.tokenizer import Pieces, fit
+from train.weights import keep_tokenizer, key, start, tokenizer
 
 MODEL = LlamaConfig(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, num_layers=1
@@ -105,6 +106,22 @@ def test_paths_that_are_no_model(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert 'model_type is "bert"' in fail(capsys, ["--model", tmp_path])
     assert "choose one of tiny" in fail(capsys, ["--model", "60x"])
+
+
+def test_what_stands_before_a_text(model, tmp_path):
+    assert start(str(model)) == ()
+    copy = shutil.copytree(model, tmp_path / "copy")
+    raw = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", 0)]
+    )
+    raw.save(str(copy / "tokenizer.json"))
+    assert start(str(copy)) == (0,)
+    (copy / "tokenizer.json").unlink()
+    assert start(str(copy)) == ()
+    # SentencePiece: the pieces that are trained here have no sign of a beginning.
+    keep_tokenizer(Pieces(fit(["law and work and war and law"] * 9, 270)), copy, 64)
+    assert start(str(copy)) == () and tokenizer(str(copy)).vocab_size == 270
 
 
 def test_the_key_changes_with_the_contents(model, tmp_path):

@@ -214,6 +214,10 @@ class TrainConfig:
     fused_backward: bool = False
     """Update each layer within the backward pass, so that the gradient tree never exists (nor can
     the energy in its subspaces be logged); with --model.remat each block is computed anew there"""
+    project_at_source: bool = False
+    """In a subspace: make the projected gradients from the layers' inputs and output cotangents,
+    and never form full ones, which takes fewer operations and less memory; the logged norm, and the
+    one to clip by, are then those of the low-rank gradients"""
     stochastic_rounding: bool = True
     """Round new weights of bfloat16, float16 or int8 such that small steps count in the mean"""
 
@@ -333,6 +337,7 @@ def validate(config: Config) -> None:
             f"which --train.eval_every {config.train.eval_every} leaves none; give fewer than the "
             f"{config.train.steps} steps of the run"
         )
+    _validate_source(config)
     _validate_micro_batches(config)
     if config.topology is not None and not config.compile_only:
         raise UsageError(f"--topology {config.topology}: is compiled for alone; add --compile_only")
@@ -359,6 +364,30 @@ def validate(config: Config) -> None:
         )
 
 
+def _validate_source(config: Config) -> None:
+    if not config.train.project_at_source:
+        return
+    key = "--train.project_at_source"
+    if config.optimizer.name not in SUBSPACE:
+        raise UsageError(
+            f"{key}: {config.optimizer.name} projects nothing; leave it out, or choose "
+            f"--optimizer.name {SUBSPACE[0]}"
+        )
+    if config.lora.rank:
+        raise UsageError(
+            f"{key}: kernels with adapters are no plain products; leave one of them out"
+        )
+    if config.train.fused_backward and not config.model.remat:
+        raise UsageError(
+            f"{key}: in the fused backward pass blocks are computed anew; add --model.remat"
+        )
+    if config.model.dtype == "float16" and not config.train.fused_backward:
+        raise UsageError(
+            f"{key}: small gradients of float16 need the loss scale of --train.fused_backward; "
+            "add it, or give --model.dtype bfloat16"
+        )
+
+
 def _validate_micro_batches(config: Config) -> None:
     size, rows = config.train.micro_batch_size, config.train.batch_size
     if size is None:
@@ -370,25 +399,26 @@ def _validate_micro_batches(config: Config) -> None:
         raise UsageError(
             f"{key}: does not divide --train.batch_size {rows}; give a divisor, e.g. {nearest}"
         )
-    if size == rows or not config.train.fused_backward:
+    one_pass = "fused_backward" if config.train.fused_backward else "project_at_source"
+    if size == rows or not getattr(config.train, one_pass):
         return
-    # What is added up in a fused pass is what the optimizer keeps of a gradient.
+    # What is added up in such a pass is what the optimizer keeps of a gradient.
     if config.optimizer.name not in SUBSPACE or config.lora.rank:
         what = "adapters" if config.lora.rank else config.optimizer.name
         raise UsageError(
-            f"{key}: {what} would need the whole gradient tree, which --train.fused_backward never "
+            f"{key}: {what} would need the whole gradient tree, which --train.{one_pass} never "
             f"has; leave one of the two out, or train without adapters by one of "
             f"{', '.join(SUBSPACE)}"
         )
     if config.optimizer.clip_norm is not None:
         raise UsageError(
             f"{key}: the gradient's norm is not known before the last micro-batch, by which "
-            "--train.fused_backward has let go of the first; add --optimizer.clip_norm None"
+            f"--train.{one_pass} has let go of the first; add --optimizer.clip_norm None"
         )
     if config.model.dtype == "float16":
         raise UsageError(
             f"{key}: a micro-batch that overflows would be left out of its step; with "
-            "--train.fused_backward give --model.dtype bfloat16"
+            f"--train.{one_pass} give --model.dtype bfloat16"
         )
 
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from train import (
     records,
     report,
     rundir,
+    source,
     tensorboard,
     throughput,
     weights,
@@ -73,6 +75,7 @@ def run(command: Command) -> None:
     place = rundir.choose(command)
     grid = mesh.make(config.mesh)
     mesh.check_rows(config, grid)
+    source.check(config, grid)
     work = mesh.Work(grid, config.train.micro_batch_size)
     if kind := devices.idle_accelerator():
         screen.say(f"warning: {devices.warning(kind)}")
@@ -102,8 +105,14 @@ def run(command: Command) -> None:
     batch = mesh.with_shardings(batch, jax.tree.map(lambda _: grid.rows, batch))
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
-    jitted = make_train_step(config.model, optimizer, seed, fused, work, shardings)
-    train_step = jitted.lower(shapes, batch).compile()
+    train_step: Any
+    if config.train.project_at_source and not is_fused:
+        make_one = partial(source.make_source_step, config.model, optimizer, seed, work, shardings)
+        steps = [make_one(refresh).lower(shapes, batch).compile() for refresh in (True, False)]
+        train_step = source.SourceSteps(*steps)
+    else:
+        jitted = make_train_step(config.model, optimizer, seed, fused, work, shardings)
+        train_step = jitted.lower(shapes, batch).compile()
     loss_fn = make_loss(config.model, optimizer)
     parts = pieces(config.model) if is_fused else None
     remat, only = config.model.remat, config.lora.only
@@ -156,12 +165,13 @@ def prepare(
     """The optimizer, the fused step if there is one, and the state before the first step by key."""
     is_fused, shards = config.train.fused_backward, work.shards
     parts = config.train.batch_size // (work.micro_batch_size or config.train.batch_size)
-    accumulate = parts if is_fused else 1
+    at_source = config.train.project_at_source
+    accumulate = parts if is_fused or at_source else 1
     optimizer = make(
         config.optimizer, config.train.steps, is_fused, config.lora, shards, accumulate
     )
     seed = config.train.seed if config.train.stochastic_rounding else None
-    fused = make_fused(config.model, optimizer, seed, work) if is_fused else None
+    fused = make_fused(config.model, optimizer, seed, work, at_source) if is_fused else None
     int8 = config.train.int8_weights
 
     def begin(key: jax.Array, params: Any = None) -> State:
@@ -327,8 +337,9 @@ class Trainer:
             f"step {step:,}: validation loss {loss:.3f}, perplexity {report.perplexity(loss):.1f} "
             f"({tokens:,} tokens)"
         )
-        # (In a fused backward pass there is no gradient tree to measure.)
-        if self.optimizer.projects and not self.config.train.fused_backward:
+        # (In a fused backward pass, and at the source, there is no gradient tree to measure.)
+        has_tree = not (self.config.train.fused_backward or self.config.train.project_at_source)
+        if self.optimizer.projects and has_tree:
             found = self.subspace_step(state, batch)._asdict()
             row = {k: v.item() for k, v in found.items()}
             self.metrics.write({"kind": "subspace", "step": step, **row})

@@ -46,7 +46,7 @@ class Metrics(NamedTuple):
 
 
 class Weighted(NamedTuple):
-    """A micro-batch of a fused step."""
+    """A micro-batch of a step that is fused or projects at the source."""
 
     batch: Batch
     weight: jax.Array  # (), its share of the step's tokens x the number of micro-batches
@@ -85,7 +85,11 @@ def kernels_in_int8(params: Any, shards: int = 1) -> Any:
 
 
 def make_fused(
-    model: LlamaConfig, optimizer: Optimizer, seed: int | None = None, work: Work = ALONE
+    model: LlamaConfig,
+    optimizer: Optimizer,
+    seed: int | None = None,
+    work: Work = ALONE,
+    at_source: bool = False,
 ) -> FusedStep:
     """The model's parts and the optimizer in a fused backward pass over `Batch` or `Weighted`."""
     parts, trained, mesh = llama.pieces(model), _trained(optimizer), work.mesh
@@ -110,6 +114,7 @@ def make_fused(
         optimizer.tx,
         clip_norm=optimizer.clip_norm,
         grad_norm=True,
+        at_source=at_source,
         remat=model.remat,
         loss_scale=LossScale() if model.dtype == "float16" else None,
         seed=seed,
