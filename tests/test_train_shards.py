@@ -125,6 +125,12 @@ def test_a_shard_that_changes_or_goes_while_it_is_read_is_named(folder):
     write(folder / "a.json.gz", TEXTS[:399])
     with pytest.raises(UsageError, match=r"a.json.gz was changed or deleted .* --resume"):
         shards.Shards(found)[0]
+    # Also where neither its size nor its time tells it.
+    for line in (b'{"te', b'{"text": ""}'):
+        source = shards.Shards(found)
+        source._block = lambda *_, line=line: [line]
+        with pytest.raises(UsageError, match=r"b.jsonl was changed or deleted"):
+            source[500]
     (folder / "b.jsonl").unlink()
     with pytest.raises(UsageError, match=r"b.jsonl was changed or deleted"):
         shards.Shards(found)[500]

@@ -78,20 +78,19 @@ def training(
     source, tokenizer, options = corpus.train, corpus.tokenizer, corpus.options
     count = -(-len(source) // source.block)
     order = grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat()
-    # No threads but the one that makes batches ahead.
-    read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    lanes = [
-        _Documents(order.slice(slice(lane, None, LANES)), source).to_iter_dataset(read)
+
+    def encode(record: Any) -> Any:
+        if options.layout == "documents":
+            return rows.padded(rows.encode(record, tokenizer, sequence_length), sequence_length)
+        return tokenizer.encode(record["text"].decode())
+
+    read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
+    lanes: list[grain.IterDataset] = [
+        _Documents(order.slice(slice(lane, None, LANES)), source).map(encode).to_iter_dataset(read)
         for lane in range(LANES)
     ]
     if options.layout == "packed":
-        encode = lambda record: tokenizer.encode(record["text"].decode())
-        lanes = [Windows(lane.map(encode), sequence_length + 1) for lane in lanes]
-    else:
-        pad = lambda row: rows.padded(row, sequence_length)
-        lanes = [
-            lane.map(lambda r: pad(rows.encode(r, tokenizer, sequence_length))) for lane in lanes
-        ]
+        lanes = [Windows(lane, sequence_length + 1) for lane in lanes]
 
     def make(stacked: Any) -> Batch:
         if options.layout == "documents":

@@ -209,8 +209,12 @@ class Shards(Source):
         block, offset = divmod(number, _together(self._shards[shard]))
         with self._lock:
             line = self._block(shard, block)[offset]
-        record = parse(line)
-        assert record is not None  # the index has none that are empty
+        try:
+            record = parse(line)
+            if record is None:  # the index has no such line
+                raise DocumentError("is empty")
+        except DocumentError as error:
+            raise _changed(self._shards[shard], error) from None
         return record
 
     def hashes(self) -> np.ndarray:
@@ -233,14 +237,18 @@ class Shards(Source):
             if len(data) != bounds[-1] - bounds[0]:
                 raise EOFError("it ends early")
         except Exception as error:
-            raise UsageError(
-                f"--data.path: {shard.name} was changed or deleted while it was being read "
-                f"({one_line(error)[:120]}); put it back, and run again with --resume"
-            ) from None
+            raise _changed(shard, error) from None
         edges = (bounds - bounds[0]).tolist()
         # What follows a document's line, up to the next one, was left out.
         pairs = zip(edges[:-1], edges[1:], strict=True)
         return [data[start:stop].split(b"\n", 1)[0] for start, stop in pairs]
+
+
+def _changed(shard: Shard, error: Exception) -> UsageError:
+    return UsageError(
+        f"--data.path: {shard.name} was changed or deleted while it was being read "
+        f"({one_line(error)[:120]}); put it back, and run again with --resume"
+    )
 
 
 def _together(shard: Shard) -> int:
