@@ -166,14 +166,14 @@ def steps_to_refresh(state: optax.OptState) -> jax.Array:
     """
     is_projection = lambda x: isinstance(x, ProjectionState)
     nodes = jax.tree.leaves(without_variables(state), is_leaf=is_projection)
+    largest = jnp.int32(jnp.iinfo(jnp.int32).max)
     left = [
-        jnp.min(leaf.due - leaf.age)
+        jnp.min(jnp.where(leaf.due == largest, largest, leaf.due - leaf.age))
         for node in filter(is_projection, nodes)
         if isinstance(node.leaves, dict)
         for leaf in node.leaves.values()
         if leaf.due.size
     ]
-    largest = jnp.int32(jnp.iinfo(jnp.int32).max)
     return jnp.maximum(jnp.min(jnp.stack([*left, largest])), 0)
 
 

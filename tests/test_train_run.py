@@ -27,7 +27,7 @@ from tests.train_helpers import (
     steps_in,
     write_text,
 )
-from train import loop
+from train import loop, source
 from train.cli import main
 from train.errors import Interrupted
 
@@ -286,7 +286,7 @@ def test_few_bits_resume_bit_equal_and_another_code_is_refused(words, tmp_path, 
 
 
 def test_a_loss_that_is_no_number_stops_the_run(words, tmp_path, capsys, monkeypatch):
-    real = loop.make_train_step
+    real = source.make_train_step
 
     class Poisoned:
         """The compiled step, with the loss of step 10 replaced."""
@@ -314,7 +314,7 @@ def test_a_loss_that_is_no_number_stops_the_run(words, tmp_path, capsys, monkeyp
         def compile(self):
             return Poisoned(self.lowered.compile())
 
-    monkeypatch.setattr(loop, "make_train_step", Lowered)
+    monkeypatch.setattr(source, "make_train_step", Lowered)
     folder = tmp_path / "run"
     assert main([*words, "--run_dir", str(folder)]) == 1
     err = capsys.readouterr().err
@@ -330,7 +330,7 @@ def test_the_step_is_compiled_once(words, tmp_path, monkeypatch):
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **_: events.append(name) if "backend_compile" in name else None
     )
-    real = loop.make_train_step
+    real = source.make_train_step
     record = loop.Trainer._record
 
     def counted(model, optimizer, *rest):
@@ -346,7 +346,7 @@ def test_the_step_is_compiled_once(words, tmp_path, monkeypatch):
         if late is not None:
             seen[late[0]] = len(events)
 
-    monkeypatch.setattr(loop, "make_train_step", counted)
+    monkeypatch.setattr(source, "make_train_step", counted)
     monkeypatch.setattr(loop.Trainer, "_record", watched)
     often = ["--train.steps", "24", "--train.eval_every", "3", "--checkpoint.every", "4"]
     assert main([*words, *often, "--run_dir", str(tmp_path / "run")]) == 0

@@ -7,7 +7,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,6 @@ from train.step import (
     make_hamiltonian_step,
     make_loss,
     make_subspace_step,
-    make_train_step,
 )
 from train.tokenizer import check_vocabulary
 
@@ -88,7 +86,6 @@ def run(command: Command) -> None:
     )
     is_fused = config.train.fused_backward
     key = jax.random.key(config.train.seed)
-    seed = config.train.seed if config.train.stochastic_rounding else None
     optimizer, fused, begin = prepare(config, work)
     shapes = placement.place(jax.eval_shape(begin, key), optimizer, grid)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
@@ -105,14 +102,9 @@ def run(command: Command) -> None:
     batch = mesh.with_shardings(batch, jax.tree.map(lambda _: grid.rows, batch))
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
-    train_step: Any
-    if config.train.project_at_source and not is_fused:
-        make_one = partial(source.make_source_step, config.model, optimizer, seed, work, shardings)
-        steps = [make_one(refresh).lower(shapes, batch).compile() for refresh in (True, False)]
-        train_step = source.SourceSteps(*steps)
-    else:
-        jitted = make_train_step(config.model, optimizer, seed, fused, work, shardings)
-        train_step = jitted.lower(shapes, batch).compile()
+    steps = source.jitted_steps(config, optimizer, fused, work, shardings)
+    compiled = [step.lower(shapes, batch).compile() for step in steps]
+    train_step = source.SourceSteps(*compiled) if len(compiled) > 1 else compiled[0]
     loss_fn = make_loss(config.model, optimizer)
     parts = pieces(config.model) if is_fused else None
     remat, only = config.model.remat, config.lora.only

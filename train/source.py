@@ -1,6 +1,7 @@
 """Training steps whose gradients of projected kernels are low-rank from the start."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,12 +9,27 @@ import jax.numpy as jnp
 import optax
 
 from models.config import LlamaConfig
-from optax_subspace import apply_updates, dequantize, steps_to_refresh, subspace_value_and_grad
+from optax_subspace import (
+    FusedStep,
+    apply_updates,
+    dequantize,
+    steps_to_refresh,
+    subspace_value_and_grad,
+)
 from train.config import Config
 from train.errors import UsageError
 from train.mesh import Mesh, Work
 from train.optimizer import Optimizer
-from train.step import ALONE, Metrics, State, Weighted, everywhere, make_loss, micro_batches
+from train.step import (
+    ALONE,
+    Metrics,
+    State,
+    Weighted,
+    everywhere,
+    make_loss,
+    make_train_step,
+    micro_batches,
+)
 
 
 def check(config: Config, mesh: Mesh) -> None:
@@ -30,6 +46,17 @@ def check(config: Config, mesh: Mesh) -> None:
             f"--train.project_at_source: together with --train.fused_backward it runs on one "
             f"device, and here are {mesh.size}; leave one of the two out"
         )
+
+
+def jitted_steps(
+    config: Config, optimizer: Optimizer, fused: FusedStep | None, work: Work, shardings: State
+) -> list[Any]:
+    """The configuration's training step; at the source one that refreshes and one that does not."""
+    seed = config.train.seed if config.train.stochastic_rounding else None
+    if config.train.project_at_source and fused is None:
+        make = functools.partial(make_source_step, config.model, optimizer, seed, work, shardings)
+        return [make(refresh) for refresh in (True, False)]
+    return [make_train_step(config.model, optimizer, seed, fused, work, shardings)]
 
 
 def make_source_step(

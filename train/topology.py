@@ -15,13 +15,12 @@ import jax.numpy as jnp
 
 from models import backend
 from models.config import LlamaConfig
-from train import hlo, loop, mesh, placement
+from train import hlo, loop, mesh, placement, source
 from train.batches import Batch
 from train.cli import Command
 from train.config import Config
 from train.errors import UsageError, one_line
 from train.screen import Screen, duration
-from train.step import make_train_step
 
 # Chips of a host, by kind, for libtpu: it wants to know on which kind of machine it compiles.
 _KINDS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
@@ -55,6 +54,7 @@ def show(command: Command) -> None:
     axis = "data" if config.topology is None else "fsdp"
     grid = mesh.make(config.mesh, where, axis)
     mesh.check_rows(config, grid)
+    source.check(config, grid)
     screen.say(
         f"Model {command.model}: {config.model.num_params():,} parameters in "
         f"{config.model.param_dtype}. {config.optimizer.name}"
@@ -128,10 +128,10 @@ def compile_step(config: Config, grid: mesh.Mesh) -> Compiled | Refused:
     optimizer, fused, begin = loop.prepare(config, work)
     shapes = placement.place(jax.eval_shape(begin, key), optimizer, grid)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    seed = config.train.seed if config.train.stochastic_rounding else None
     size = (config.train.batch_size, config.train.sequence_length)
     tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=grid.rows)
-    step = make_train_step(config.model, optimizer, seed, fused, work, shardings)
+    # (Of two steps the one that takes more.)
+    step = source.jitted_steps(config, optimizer, fused, work, shardings)[0]
     try:
         compiled = step.lower(shapes, Batch(tokens, tokens)).compile()
     except jax.errors.JaxRuntimeError as error:
