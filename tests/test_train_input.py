@@ -81,6 +81,24 @@ def test_batches_are_made_ahead_and_the_position_is_that_of_the_last_one_taken(d
     reference.close()
 
 
+@pytest.mark.parametrize("layout", ["packed", "documents"])
+def test_threads_change_nothing(data, layout, monkeypatch):
+    data = data._replace(options=DataConfig(layout=layout))
+    found = {}
+    for threads in (0, 1):
+        monkeypatch.setattr(batches, "_THREADS", threads)
+        stream = batches.training(data, 12, 32, 0)
+        found[threads] = [(next(stream), json.dumps(stream.get_state())) for _ in range(8)]
+        stream.close()
+        again = batches.training(data, 12, 32, 0)
+        again.set_state(json.loads(found[0][3][1]))
+        np.testing.assert_array_equal(next(again).inputs, found[0][4][0].inputs)
+        again.close()
+    for (ours, state), (theirs, expected) in zip(found[1], found[0], strict=True):
+        np.testing.assert_array_equal(ours.inputs, theirs.inputs)
+        assert state == expected
+
+
 def run(tmp_path, name, *arguments):
     words = [*TINY, "--data.cache_dir", str(tmp_path / "cache"), "--run_dir", str(tmp_path / name)]
     words = [word for word in words if word != "--data.vocab_size"]

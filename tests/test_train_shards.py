@@ -81,6 +81,16 @@ def test_an_index_is_built_once_and_an_interrupted_one_goes_on(folder, monkeypat
     assert scanned == ["a.json.gz", "b.jsonl", "b.jsonl"]
 
 
+def test_many_shards_are_indexed_by_several_processes(folder, monkeypatch):
+    (folder / "c.jsonl").write_text("{")
+    monkeypatch.setattr(shards, "_MANY_BYTES", 1)
+    monkeypatch.setattr(shards, "_scan", lambda *_: pytest.fail("read in this process"))
+    with pytest.raises(UsageError, match="c.jsonl: line 1 is not JSON"):
+        read(folder)
+    (folder / "c.jsonl").unlink()
+    assert texts(shards.Shards(read(folder))) == TEXTS
+
+
 def test_where_the_folder_cannot_be_written_the_index_is_in_the_cache(folder, monkeypatch):
     write_index = shards._write_index
 
@@ -115,6 +125,12 @@ def test_a_shard_that_changes_or_goes_while_it_is_read_is_named(folder):
     write(folder / "a.json.gz", TEXTS[:399])
     with pytest.raises(UsageError, match=r"a.json.gz was changed or deleted .* --resume"):
         shards.Shards(found)[0]
+    # Also where neither its size nor its time tells it.
+    for line in (b'{"te', b'{"text": ""}'):
+        source = shards.Shards(found)
+        source._block = lambda *_, line=line: [line]
+        with pytest.raises(UsageError, match=r"b.jsonl was changed or deleted"):
+            source[500]
     (folder / "b.jsonl").unlink()
     with pytest.raises(UsageError, match=r"b.jsonl was changed or deleted"):
         shards.Shards(found)[500]

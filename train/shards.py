@@ -9,10 +9,13 @@ shard that it had not finished.
 """
 
 import array
+import concurrent.futures
+import contextlib
 import errno
 import functools
 import gzip
 import io
+import multiprocessing
 import os
 import threading
 import zlib
@@ -31,7 +34,9 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 INDEX = ".index.npz"
 _VERSION = 1
 # Decompressed bytes from one point to the next; each keeps 32 KiB of what came before it.
-_SPACING = 8 << 20
+_SPACING = 4 << 20
+# Beyond so many bytes shards are indexed by several processes (a core does about 50 MB/s).
+_MANY_BYTES = 1 << 30
 # Documents that are read together, and how many such blocks and open shards are remembered.
 BLOCK = 256
 _BLOCKS, _OPEN = 32, 16
@@ -204,8 +209,12 @@ class Shards(Source):
         block, offset = divmod(number, _together(self._shards[shard]))
         with self._lock:
             line = self._block(shard, block)[offset]
-        record = parse(line)
-        assert record is not None  # the index has none that are empty
+        try:
+            record = parse(line)
+            if record is None:  # the index has no such line
+                raise DocumentError("is empty")
+        except DocumentError as error:
+            raise _changed(self._shards[shard], error) from None
         return record
 
     def hashes(self) -> np.ndarray:
@@ -228,14 +237,18 @@ class Shards(Source):
             if len(data) != bounds[-1] - bounds[0]:
                 raise EOFError("it ends early")
         except Exception as error:
-            raise UsageError(
-                f"--data.path: {shard.name} was changed or deleted while it was being read "
-                f"({one_line(error)[:120]}); put it back, and run again with --resume"
-            ) from None
+            raise _changed(shard, error) from None
         edges = (bounds - bounds[0]).tolist()
         # What follows a document's line, up to the next one, was left out.
         pairs = zip(edges[:-1], edges[1:], strict=True)
         return [data[start:stop].split(b"\n", 1)[0] for start, stop in pairs]
+
+
+def _changed(shard: Shard, error: Exception) -> UsageError:
+    return UsageError(
+        f"--data.path: {shard.name} was changed or deleted while it was being read "
+        f"({one_line(error)[:120]}); put it back, and run again with --resume"
+    )
 
 
 def _together(shard: Shard) -> int:
@@ -253,6 +266,28 @@ def _reader(shard: Shard) -> tuple[Any, np.ndarray]:
     if len(points):
         file.import_index(fileobj=io.BytesIO(points.tobytes()))
     return file, starts
+
+
+def _index_together(files: Sequence[tuple[str, Path]], spare: Path) -> None:
+    """Builds the indexes that are missing, if they are many; what fails is left to the reader."""
+    missing = [
+        (name, path, spare)
+        for name, path in files
+        if path.is_file() and not any(place.exists() for place in index_places(path, spare))
+    ]
+    cores = os.cpu_count() or 1
+    if cores == 1 or sum(path.stat().st_size for _, path, _ in missing) < _MANY_BYTES:
+        return
+    # Spawned: what JAX and grain have started doesn't survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(cores, len(missing)), context) as pool:
+        list(pool.map(_index_one, missing))
+
+
+def _index_one(job: tuple[str, Path, Path]) -> None:
+    # The reader comes upon the same error, and says it.
+    with contextlib.suppress(OSError, UsageError):
+        open_shard(*job, say=lambda line: None)
 
 
 def load(
@@ -274,6 +309,7 @@ def load(
     Raises:
       UsageError: a bad shard is refused, or nothing is left.
     """
+    _index_together(files, spare)
     good = []
     for name, path in files:
         try:

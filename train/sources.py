@@ -208,7 +208,7 @@ def _fetched(path: str, config: DataConfig, key: str) -> list[tuple[str, Path]]:
         found = remote.glob(rest) if glob.has_magic(rest) else [rest]
         names = sorted(name for name in map(str, found) if name.endswith(shards.SUFFIXES))
         cached = fsspec.filesystem(
-            "filecache", target_protocol=protocol, cache_storage=str(folder), check_files=False
+            "filecache", target_protocol=protocol, cache_storage=str(folder), expiry_time=0
         )
         files = []
         for name in names:
