@@ -69,8 +69,12 @@ def read_header(folder: Path) -> Header:
         refuse("head_dim", f"here it is hidden_size / num_attention_heads = {config.head_dim}")
     end = raw.get("eos_token_id")
     end = end[0] if isinstance(end, list) and end else end
-    context = raw.get("max_position_embeddings", 2048)
-    return Header(config, context, end if isinstance(end, int) else None)
+    context = raw.get("max_position_embeddings")
+    return Header(
+        config,
+        context if isinstance(context, int) and context > 0 else 2048,
+        end if isinstance(end, int) else None,
+    )
 
 
 _PLAIN_ROPE = "the rotary positions here are not scaled"

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from safetensors import SafetensorError
 
 from models import huggingface, pretrained
 from models.config import LlamaConfig
 from tests.test_pretrained import assert_same, weights
 from tests.train_helpers import write_text
-from train import runs
+from train import cache, runs
 from train.cli import main, parse
 from train.config import SUBSPACE
 from train.errors import UsageError
@@ -106,6 +107,7 @@ def test_paths_that_are_no_model(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert 'model_type is "bert"' in fail(capsys, ["--model", tmp_path])
     assert "choose one of tiny" in fail(capsys, ["--model", "60x"])
+    assert "choose one of tiny" in fail(capsys, ["--model", ""])
 
 
 def test_what_stands_before_a_text(model, tmp_path):
@@ -215,6 +217,16 @@ def test_export_refuses_by_name(run, model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(UsageError, match="hf: no space left on the device"):
+        export(ExportArguments(str(run), str(tmp_path / "hf")))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_checkpoint_is_passed_over_or_named(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     victim = next(p for p in (copy / "checkpoints" / "4" / "state").rglob("*") if p.is_file())
@@ -222,6 +234,15 @@ def test_a_damaged_checkpoint_is_passed_over_or_named(run, tmp_path):
     assert runs.load(str(copy)).name == "run, step 2"
     with pytest.raises(UsageError, match="checkpoint of step 4 can't be used"):
         runs.load(str(copy), 4)
+    older = copy / "checkpoints" / "2"
+    for file in older.glob("meta/*"):
+        text = file.read_text()
+        file.write_text(
+            text.replace('"model.param_dtype": "float32"', '"model.param_dtype": "bfloat16"')
+        )
+    cache.write_checksums(older, older / cache.MANIFEST)
+    with pytest.raises(UsageError, match="holds params/.* as .*float32.* where this program has"):
+        runs.load(str(copy), 2)
     shutil.rmtree(copy / "checkpoints" / "2")
     shutil.rmtree(copy / "checkpoints" / "4")
     with pytest.raises(UsageError, match="it has no checkpoint"):

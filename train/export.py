@@ -37,7 +37,7 @@ def export(arguments: Arguments) -> Path:
     """
     from models import huggingface
     from train import runs, weights
-    from train.errors import UsageError
+    from train.errors import UsageError, no_space
 
     run, out = Path(arguments.run), Path(arguments.out)
     if not run.is_dir():
@@ -66,6 +66,11 @@ def export(arguments: Arguments) -> Path:
         weights.keep_tokenizer(model.tokenizer, temporary, model.context)
         temporary.chmod(0o755)
         temporary.rename(out)
+    except Exception as error:
+        reason = no_space(error)
+        if reason is None:
+            raise
+        raise UsageError(f"{out}: {reason}; free some, or give another place") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))

@@ -86,10 +86,19 @@ def _restore(place: Path) -> tuple[dict[str, Any], Any]:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         meta = reader.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     config = meta["config"]
+    shapes = jax.eval_shape(lambda: _params(config))
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": shapes}):
+        # Orbax would cast to other dtypes without a word.
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if meta["leaves"].get(name) != [str(leaf.dtype), *leaf.shape]:
+            raise ValueError(
+                f"it holds {name} as {meta['leaves'].get(name)} where this program has "
+                f"{[str(leaf.dtype), *leaf.shape]}"
+            )
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_device),
-        jax.eval_shape(lambda: _params(config)),
+        shapes,
     )
     # The optimizer's state, which is larger, is left where it is.
     args = ocp.args.PyTreeRestore(

@@ -39,7 +39,7 @@ def is_path(word: str) -> bool:
     >>> is_path("60m"), is_path("models/SmolLM2"), is_path("SmolLM2.gguf")
     (False, True, True)
     """
-    return "/" in word or os.sep in word or word.endswith(".gguf") or Path(word).is_dir()
+    return word.endswith(".gguf") or os.sep in word or (word != "" and Path(word).is_dir())
 
 
 def name(path: str) -> str:
