@@ -310,7 +310,7 @@ def losses_in(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The words of a run, its folder, that of the same run in two processes, and what these said."""
+    """The words of a run, its folder, that of the same in two processes, and what these said."""
     folder = tmp_path_factory.mktemp("processes")
     words = [*SMALL, "--data.path", str(write_text(folder / "text")), *CASES["adamw"]]
     words += ["--data.cache_dir", str(folder / "cache"), "--train.eval_batches", "2"]
