@@ -236,7 +236,8 @@ def make_train_step(
 
     def fused_train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         assert fused is not None
-        step, carry = fused.step, (state.params, state.opt_state)
+        step: Any = fused.step
+        carry = state.params, state.opt_state
         if _is_divided(batch, work.micro_batch_size):
 
             def one(carry: Any, part: Weighted) -> tuple[Any, Any]:
