@@ -21,7 +21,10 @@ from benchmarks import _timing
 from optax_subspace import _refresh
 
 PUBLISHED = osub.online_pca(
-    optax.adamw(1 / 200, weight_decay=0.01), orthogonality=0.0, relative=False
+    optax.adamw(1 / 200, weight_decay=0.01),
+    orthogonality=0.0,
+    relative=False,
+    relative_to="gradient",
 )
 RULES = {
     "history_pca()": osub.history_pca(),

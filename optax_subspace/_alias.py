@@ -144,8 +144,8 @@ def online_subspace_descent(
 
     It converges for any rule that moves the basis when ``inner`` is a Hamiltonian descent, as
     Adam, Lion and momentum are. The published code is ``projector=online_pca(optax.adamw(1 / 200,
-    weight_decay=0.01), orthogonality=0.0, relative=False)`` with ``inner=galore``'s Adam; its
-    learning rate follows the weights' with :func:`tied_rate`.
+    weight_decay=0.01), orthogonality=0.0, relative=False, relative_to="gradient")`` with
+    ``inner=galore``'s Adam; its learning rate follows the weights' with :func:`tied_rate`.
 
     Args:
       learning_rate: step size :math:`\eta`, a number or a schedule.

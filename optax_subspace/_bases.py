@@ -222,7 +222,9 @@ class Subspace:
                 moves = begun & (old.age > 0) & (basis.refreshes == old.refreshes)
                 follow_one = functools.partial(self._follow_leaf, plan, basis, moves)
                 leaves[plan.path], handed_on.after = follow_one(
-                    found.products if found else None, matrices, projected
+                    list(zip(found.products, found.energies, strict=True)) if found else None,
+                    matrices,
+                    projected,
                 )
             handed.append(handed_on)
         return handed, ProjectionState(steps, leaves, skipped, accumulated)
@@ -308,13 +310,13 @@ class Subspace:
         plan: LeafPlan,
         basis: LeafBasis,
         moves: jax.Array,
-        products: tuple[jax.Array, ...] | None,
+        products: list[tuple[jax.Array, jax.Array]] | None,
         matrices: Any,
         low: jax.Array,
     ) -> tuple[LeafBasis, Turn | None]:
         """The bases of the next step, for a rule that follows the gradient.
 
-        It is given by its ``products``, or by the ``matrices`` and their coordinates ``low``.
+        It is given by ``products`` and energies, or by ``matrices`` and their coordinates ``low``.
         """
         rule = plan.projector or self.projector
         if rule.follow is None:
@@ -324,7 +326,8 @@ class Subspace:
             zip(plan.sides, basis.bases, basis.rule, strict=True)
         ):
             if products is not None:
-                sides.append(follow_product(rule, plan, moves, products[i], old, state, rotate))
+                product, energy = products[i]
+                sides.append(follow_product(rule, plan, moves, product, energy, old, state, rotate))
                 continue
             alone = dataclasses.replace(plan, sides=(side,))
             coordinates = low if plan.sides == (side,) else project(matrices, (old,), alone)

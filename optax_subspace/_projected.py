@@ -30,7 +30,10 @@ class SourceBasis(NamedTuple):
     """What a backward pass has found for the basis of one parameter; batch axes in front.
 
     Attributes:
-      products: ``G G^T P / ||P^T G||_F^2`` of each side ``(*batch, m, r)``, for rules that follow.
+      products: ``G G^T P / ||G||_F^2`` of each side ``(*batch, m, r)``, for rules that follow, with
+        an estimate of the norm.
+      energies: the share of the gradient within the basis of each side ``(*batch,)``, by the same
+        estimate; -1 without any gradient.
       bases: new bases, and ``rules`` the rule's states with them, where ``done``; empty if the pass
         refreshes none.
       done: boolean ``(*batch,)``.
@@ -38,6 +41,7 @@ class SourceBasis(NamedTuple):
     """
 
     products: tuple[jax.Array, ...]
+    energies: tuple[jax.Array, ...]
     bases: tuple[jax.Array, ...]
     rules: tuple[Any, ...]
     done: jax.Array

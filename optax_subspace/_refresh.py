@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from optax_subspace._blocks import dequantize, is_quantized, quantize_like
 from optax_subspace._leaves import LeafPlan
 from optax_subspace._projectors import Projector
+from optax_subspace._projectors._base import directions, squared_norm
 
 
 class Refreshed(NamedTuple):
@@ -175,16 +176,19 @@ def follow(
     def move(arrays, old):
         matrix, low = arrays
         # Scaled, so that squares neither overflow nor vanish.
+        matrix, low = (matrix, low) if side == "left" else (matrix.T, low.T)
         scale = jnp.maximum(jnp.max(jnp.abs(low)), jnp.finfo(matrix.dtype).tiny)
-        squared = jnp.sum((matrix / scale) ** 2)
         low = low / scale
-        inside = jnp.sum(low**2)
-        product = matrix @ low.T if side == "left" else matrix.T @ low
-        norm = inside if rule.relative_to == "coordinates" else squared
-        product = product / jnp.where(norm > 0, norm, 1) / scale
+        if rule.relative_to == "gradient":
+            squared = jnp.sum((matrix / scale) ** 2)
+        else:
+            seen_by = directions(matrix.shape[1], matrix.dtype)
+            basis = dequantize(old[0]).astype(matrix.dtype)
+            squared = squared_norm(low, matrix @ (seen_by / scale), basis, seen_by)
+        product = matrix @ low.T / jnp.where(squared > 0, squared, 1) / scale
         new = checked(step, product, *old)
-        moved = norm > 0
-        energy = inside / jnp.where(squared > 0, squared, 1)
+        moved = squared > 0
+        energy = jnp.sum(low**2) / jnp.where(moved, squared, 1)
         return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
 
     return in_slices(plan, moves, move, (matrices, coordinates), (basis, state), rotate)
@@ -195,19 +199,22 @@ def follow_product(
     plan: LeafPlan,
     moves: jax.Array,
     product: jax.Array,
+    energy: jax.Array,
     basis: Any,
     state: Any,
     rotate: bool,
 ) -> Refreshed:
-    """One step of ``rule.follow`` with the ``product`` ``(*batch, m, r)`` that the source gave."""
+    """As :func:`follow`, with the ``product`` ``(*batch, m, r)`` and the share of the gradient
+    within the basis that the source gave; the latter is negative where there is no gradient."""
     assert rule.follow is not None
     step = rule.follow
 
-    def move(product, old):
-        new, moved = checked(step, product, *old), jnp.any(product != 0)
-        return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, 1.0
+    def move(arrays, old):
+        energy, product = arrays
+        new, moved = checked(step, product, *old), energy >= 0
+        return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
 
-    return in_slices(plan, moves, move, product, (basis, state), rotate)
+    return in_slices(plan, moves, move, (energy, product), (basis, state), rotate)
 
 
 def adopt(

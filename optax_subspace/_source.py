@@ -130,6 +130,7 @@ class AtSource:
         source = {
             name: SourceBasis(
                 found.products,
+                found.energies,
                 found.bases,
                 from_floats(found.rules, self._kernels[name].rules) if found.bases else (),
                 found.done > 0,
@@ -214,11 +215,11 @@ def _kernel(
     refresh: bool,
 ) -> SourceKernel:
     rule = plan.projector or subspace.projector
-    if rule.follow is not None and rule.relative_to != "coordinates":
+    if rule.follow is not None and rule.relative_to != "estimate":
         raise ValueError(
-            f"parameter {plan.path}: its projector takes G G^T P relative to the norm of the "
-            "gradient, which does not exist at the source: give it "
-            "relative_to='coordinates', or project afterwards"
+            f"parameter {plan.path}: its projector takes G G^T P relative to the exact norm of the "
+            "gradient, which does not exist at the source: give it relative_to='estimate', or "
+            "project afterwards"
         )
     # Axes of one slice, which scan or vmap leave of the kernel.
     kept = sorted(plan.reduction + plan.output)
@@ -231,6 +232,7 @@ def _kernel(
     probe = Probe(
         low=zeros(plan.low_shape),
         products=shapes if rule.follow is not None else (),
+        energies=(per_slice,) * len(plan.sides) if rule.follow is not None else (),
         bases=shapes if refresh else (),
         rules=jax.tree.map(jnp.zeros_like, as_floats(leaf.rule)) if refresh else (),
         done=per_slice,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from optax_subspace._blocks import dequantize
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projectors import Projector
+from optax_subspace._projectors._base import directions, squared_norm
 from optax_subspace._refresh import checked
 
 
@@ -39,7 +40,9 @@ class Probe(NamedTuple):
 
     Attributes:
       low: the projected gradient, ``plan.low_shape``.
-      products: ``G G^T P / ||P^T G||_F^2`` of each side, ``(m, r)``, for rules that follow.
+      products: ``G G^T P / ||G||_F^2`` of each side, ``(m, r)``, for rules that follow; the norm
+        is the estimate of ``squared_norm``.
+      energies: ``||P^T G||_F^2 / ||G||_F^2`` of each side; -1 without any gradient.
       bases: the bases that this pass has projected with, if it refreshes.
       rules: the rules' states after it, as floats, if it refreshes.
       done: 1 where there is a new basis.
@@ -48,6 +51,7 @@ class Probe(NamedTuple):
 
     low: jax.Array
     products: tuple[jax.Array, ...]
+    energies: tuple[jax.Array, ...]
     bases: tuple[jax.Array, ...]
     rules: Any
     done: jax.Array
@@ -261,17 +265,18 @@ def _found(settings: _Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe:
         for side, basis in zip(how.sides, bases, strict=True):
             ends[side] = _narrow(ends[side], basis)
         low = _contract(ends["left"], ends["right"])
-    products: tuple[jax.Array, ...] = ()
+    followed: list[tuple[jax.Array, jax.Array]] = []
     if how.rule.follow is not None:
-        products = tuple(
+        followed = [
             _followed(kept, dy, side, basis, low if how.sides == (side,) else None)
             for side, basis in zip(how.sides, bases, strict=True)
-        )
+        ]
     as_probe = lambda x, p: x.reshape(p.shape).astype(p.dtype)
     refreshed = how.refresh
     return Probe(
         low=as_probe(low, probe.low),
-        products=tuple(map(as_probe, products, probe.products)),
+        products=tuple(as_probe(f[0], p) for f, p in zip(followed, probe.products, strict=True)),
+        energies=tuple(as_probe(f[1], p) for f, p in zip(followed, probe.energies, strict=True)),
         bases=tuple(as_probe(dequantize(b), p) for b, p in zip(bases, probe.bases, strict=True))
         if refreshed
         else (),
@@ -292,8 +297,10 @@ def _contract(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.dot(x.T, y, preferred_element_type=compute_dtype(x.dtype))
 
 
-def _followed(x: jax.Array, dy: jax.Array, side: str, basis: Any, low: Any) -> jax.Array:
-    """``G G^T P / ||P^T G||_F^2`` of one side, ``(m, r)``."""
+def _followed(
+    x: jax.Array, dy: jax.Array, side: str, basis: Any, low: Any
+) -> tuple[jax.Array, jax.Array]:
+    """``G G^T P / ||G||_F^2`` of one side, ``(m, r)``, and the energy within its basis."""
     if side == "right":
         x, dy = dy, x
     if low is None:
@@ -303,8 +310,12 @@ def _followed(x: jax.Array, dy: jax.Array, side: str, basis: Any, low: Any) -> j
     # Scaled, so that squares neither overflow nor vanish.
     scale = jnp.maximum(jnp.max(jnp.abs(low)), jnp.finfo(low.dtype).tiny)
     low = low / scale
-    squared = jnp.sum(low**2)
-    return _contract(x, _narrow(dy, low.T)) / jnp.where(squared > 0, squared, 1) / scale
+    seen_by = directions(dy.shape[1], low.dtype)
+    seen = _contract(x, _narrow(dy, seen_by)) / scale
+    squared = squared_norm(low, seen, dequantize(basis).astype(low.dtype), seen_by)
+    some = squared > 0
+    product = _contract(x, _narrow(dy, low.T)) / jnp.where(some, squared, 1) / scale
+    return product, jnp.where(some, jnp.sum(low**2) / jnp.where(some, squared, 1), -1.0)
 
 
 class Gradient:

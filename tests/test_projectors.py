@@ -123,7 +123,7 @@ def test_online_pca_equals_the_published_online_subspace_descent(tag):
     decay = float(tag.rpartition("wd")[2])
     rate = osub.tied_rate(lambda step: 0.01, peak=0.01, every=gap)
     follower = optax.sgd(rate) if "sgd" in tag else optax.adamw(rate, weight_decay=0.01)
-    published = osub.online_pca(follower, orthogonality=0.0, relative=False)
+    published = osub.online_pca(follower, orthogonality=0.0, relative=False, relative_to="gradient")
     rules, columns = [], {}
     for p in osub.plan(params, rank=4):
         proj = golden[f"{tag}/proj{p.path[1]}"]

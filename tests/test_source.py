@@ -309,7 +309,7 @@ def test_what_would_lose_its_gradient_is_refused():
     other = osub.galore(0.1, 3, rules=[("a", None)])
     with pytest.raises(ValueError, match="parameter a: .*left alone by rule"):
         other.update(gradients, other.init(params), params, source=source)
-    with pytest.raises(ValueError, match=r"relative_to='coordinates'"):
+    with pytest.raises(ValueError, match=r"relative_to='estimate'"):
         run(fun, osub.online_subspace_descent(0.1, 3, projector=osub.oja(relative_to="gradient")))
     with pytest.raises(ValueError, match="the state holds 1 projections and the transf.* makes 0"):
         osub.subspace_value_and_grad(fun, optax.sgd(0.1))(params, state, x)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-RELATIVE_TO = ("gradient", "coordinates")
+RELATIVE_TO = ("gradient", "estimate")
+_SKETCHED = 8  # random directions
 
 
 class Projector(NamedTuple):
@@ -30,8 +32,9 @@ class Projector(NamedTuple):
         ``product = G G^T P / ||G||_F^2`` of shape ``(m, r)``. The basis that it returns serves from
         the next step on, so that each gradient is projected by a basis made from earlier ones, as
         the convergence theorem of Online Subspace Descent asks. None to keep the basis.
-      relative_to: what ``product`` is relative to: ``gradient`` as above, or ``coordinates``,
-        ``||P^T G||_F^2``, which is all that is known where the gradient is projected at the source.
+      relative_to: what ``product`` is relative to: ``gradient`` as above, or ``estimate``, of the
+        same norm from what is known where the gradient is projected at the source, see
+        :func:`squared_norm`.
       matrix_free: ``update`` reads its gradient by ``gradient @ a``, ``gradient.T``, ``a @
         gradient``, ``shape`` and ``dtype`` alone, so that it need not be formed at the source.
       cosine, longest: see :func:`adaptive_period`, which sets them; None for a constant period.
@@ -88,6 +91,34 @@ def check_relative_to(rule: str, value: str) -> str:
             f"{rule}: relative_to must be one of {', '.join(RELATIVE_TO)}, got {value!r}"
         )
     return value
+
+
+def directions(columns: int, dtype: Any) -> jax.Array:
+    """The random directions ``(n, 8)`` by which :func:`squared_norm` sees a gradient."""
+    return jax.random.normal(jax.random.key(0), (columns, _SKETCHED), dtype)
+
+
+def squared_norm(
+    low: jax.Array, seen: jax.Array, basis: jax.Array, directions: jax.Array
+) -> jax.Array:
+    r"""An estimate of ``||G||_F^2`` that does not need ``G``, unbiased for an orthonormal ``P``.
+
+    .. math::
+      \lVert P^\top G \rVert_F^2 + \tfrac{1}{8} \lVert (I - P P^\top) G \Omega \rVert_F^2
+
+    Its first part, most of it as a rule, is exact.
+
+    Args:
+      low: ``P^T G``, ``(r, n)``.
+      seen: ``G Omega``, ``(m, 8)``.
+      basis: ``P``, ``(m, r)``.
+      directions: ``Omega``, ``(n, 8)``, of standard normal numbers.
+
+    References:
+      Meyer et al., `Hutch++ <https://arxiv.org/abs/2010.09649>`_, 2021, whose splitting it is.
+    """
+    rest = seen - basis @ (low @ directions)
+    return jnp.sum(low**2) + jnp.sum(rest**2) / _SKETCHED
 
 
 def basis_of(rule: Projector, gradient: jax.Array, basis: jax.Array) -> jax.Array:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from optax_subspace._projectors._base import Projector, basis_of, check_relative_to
+from optax_subspace._projectors._base import (
+    Projector,
+    basis_of,
+    check_relative_to,
+    directions,
+    squared_norm,
+)
 from optax_subspace._projectors._svd import svd
 
 
 def history_pca(
-    decay: float = 0.8, *, first: Projector | None = None, relative_to: str = "coordinates"
+    decay: float = 0.8, *, first: Projector | None = None, relative_to: str = "estimate"
 ) -> Projector:
     r"""Decayed power iteration: a memory of past gradients in ``r`` numbers, and one QR a step.
 
     .. math::
       Q R = \mathrm{qr}\bigl(\gamma P \,\mathrm{diag}(d) + (1 - \gamma) G G^\top P
-          / \lVert P^\top G \rVert_F^2\bigr), \qquad P' = Q, \quad d' = |\mathrm{diag} R|
+          / \lVert G \rVert_F^2\bigr), \qquad P' = Q, \quad d' = |\mathrm{diag} R|
 
     with the signs of ``Q`` such that the diagonal of ``R`` is positive. It has no learning rate,
     stays orthonormal, and is online PCA in the sense of the convergence theorem.
@@ -27,9 +33,8 @@ def history_pca(
       first: rule whose ``update`` gives the first basis, :func:`svd` by default;
         :func:`subspace_iteration` compiles faster for TPUs, and gathers no gradient that is split
         over devices.
-      relative_to: ``coordinates`` divides by :math:`\lVert P^\top G \rVert_F^2`, which is known at
-        the source too (:func:`subspace_value_and_grad`), ``gradient`` by
-        :math:`\lVert G \rVert_F^2`.
+      relative_to: ``estimate`` takes the gradient's norm from a few random directions, which is
+        possible at the source too (:func:`subspace_value_and_grad`), ``gradient`` exactly.
 
     Returns:
       A :class:`Projector` whose state is ``d`` of shape ``(r,)``.
@@ -52,9 +57,13 @@ def history_pca(
 
     def update(gradient, basis, state):
         basis = basis_of(begin, gradient, basis)
-        coordinates = gradient.T @ basis
-        norm = jnp.linalg.norm(coordinates if relative_to == "coordinates" else gradient)
-        return basis, jnp.sum((coordinates / norm) ** 2, axis=0)
+        low = (gradient.T @ basis).T
+        if relative_to == "gradient":
+            squared = jnp.sum(gradient**2)
+        else:
+            seen_by = directions(gradient.shape[1], gradient.dtype)
+            squared = squared_norm(low, gradient @ seen_by, basis, seen_by)
+        return basis, jnp.sum(low**2, axis=1) / squared
 
     def follow(product, basis, state):
         return positive_qr(decay * basis * state + (1 - decay) * product)
@@ -65,7 +74,7 @@ def history_pca(
         every=None,
         follow=follow,
         relative_to=check_relative_to("history_pca", relative_to),
-        matrix_free=begin.matrix_free and relative_to == "coordinates",
+        matrix_free=begin.matrix_free and relative_to == "estimate",
     )
 
 

@@ -8,21 +8,20 @@ from optax_subspace._projectors._svd import svd
 
 
 def oja(
-    step: float = 10.0, *, first: Projector | None = None, relative_to: str = "coordinates"
+    step: float = 10.0, *, first: Projector | None = None, relative_to: str = "estimate"
 ) -> Projector:
     r"""Oja's rule with retraction.
 
     .. math::
-      P' = \mathrm{qr}\bigl(P + \eta\, G G^\top P / \lVert P^\top G \rVert_F^2\bigr)
+      P' = \mathrm{qr}\bigl(P + \eta\, G G^\top P / \lVert G \rVert_F^2\bigr)
 
     Args:
       step: :math:`\eta`, free of the gradient's scale.
       first: rule whose ``update`` gives the first basis, :func:`svd` by default;
         :func:`subspace_iteration` compiles faster for TPUs, and gathers no gradient that is split
         over devices.
-      relative_to: ``coordinates`` divides by :math:`\lVert P^\top G \rVert_F^2`, which is known at
-        the source too (:func:`subspace_value_and_grad`), ``gradient`` by
-        :math:`\lVert G \rVert_F^2`.
+      relative_to: ``estimate`` takes the gradient's norm from a few random directions, which is
+        possible at the source too (:func:`subspace_value_and_grad`), ``gradient`` exactly.
 
     Returns:
       A :class:`Projector` without state.

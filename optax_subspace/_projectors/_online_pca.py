@@ -15,7 +15,7 @@ def online_pca(
     orthogonality: float | None = None,
     relative: bool = True,
     first: Projector | None = None,
-    relative_to: str = "coordinates",
+    relative_to: str = "estimate",
 ) -> Projector:
     r"""One step of an optimizer per training step on the reconstruction error of the gradient.
 
@@ -41,9 +41,8 @@ def online_pca(
       first: rule whose ``update`` gives the first basis, :func:`svd` by default;
         :func:`subspace_iteration` compiles faster for TPUs, and gathers no gradient that is split
         over devices.
-      relative_to: ``gradient`` is the loss above; ``coordinates`` divides its first term by
-        :math:`\lVert P^\top G \rVert_F^2` instead, which is known at the source too
-        (:func:`subspace_value_and_grad`).
+      relative_to: ``estimate`` takes the gradient's norm from a few random directions, which is
+        possible at the source too (:func:`subspace_value_and_grad`), ``gradient`` exactly.
 
     Returns:
       A :class:`Projector` whose state is that of ``optimizer``.
@@ -57,7 +56,10 @@ def online_pca(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> published = online_pca(
-      ...     optax.adamw(1 / 200, weight_decay=0.01), orthogonality=0.0, relative=False
+      ...     optax.adamw(1 / 200, weight_decay=0.01),
+      ...     orthogonality=0.0,
+      ...     relative=False,
+      ...     relative_to="gradient",
       ... )
       >>> state = published.init(jax.random.key(0), 6, 4, 2)
       >>> jax.tree.map(jnp.shape, state[0].mu)
