@@ -231,7 +231,8 @@ def test_micro_batches_equal_the_whole_batch(case):
     """Their tokens are masked unevenly, so that a mean of means would be another number."""
     words = CASES["adamw"]
     if case == "subspace":  # in the fused pass, where the optimizer adds up what it keeps
-        words = [*GALORE, FUSED, "--optimizer.clip_norm", "None"]
+        # At full rank: a basis is that of the first micro-batch, not of the whole batch.
+        words = [*GALORE, FUSED, "--optimizer.clip_norm", "None", "--optimizer.rank", "32"]
     whole, one = train(words, jax.devices()[:1], steps=3)
     parts, other = train([*words, "--train.micro_batch_size", "4"], jax.devices()[:1], steps=3)
     if case == "subspace":  # whose gradient norms are of micro-batches
