@@ -15,7 +15,7 @@ import jax
 
 from benchmarks import _timing
 from models.config import LlamaConfig
-from train import loop, mesh, placement, topology
+from train import launch, mesh, placement, topology
 from train.cli import parse
 from train.config import Config
 
@@ -54,7 +54,7 @@ def configuration(size: str, method: str, rows: int, length: int) -> Config:
 
 def held(config: Config, grid: mesh.Mesh) -> float:
     """GiB of weights and optimizer state on a chip."""
-    optimizer, _, begin = loop.prepare(config, mesh.Work(grid))
+    optimizer, _, begin = launch.prepare(config, mesh.Work(grid))
     shapes: Any = jax.eval_shape(begin, jax.random.key(0))
     return mesh.local_bytes(placement.place(shapes, optimizer, grid)) / 2**30
 

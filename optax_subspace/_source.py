@@ -18,7 +18,8 @@ from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._projected import Projected, SourceBasis
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import LeafBasis, ProjectionState, check_state
-from optax_subspace._source_kernel import How, Probe, SourceKernel, as_floats, from_floats
+from optax_subspace._source_kernel import SourceKernel
+from optax_subspace._source_product import How, Probe, as_floats, from_floats
 
 
 def subspace_value_and_grad(

@@ -11,8 +11,9 @@ import pytest
 from models.config import PRESETS
 from tests.train_helpers import ROOT, finish, start
 from train import rundir
+from train.checks import validate
 from train.cli import Command, main, parse
-from train.config import Config, flatten, get, resolve, validate
+from train.config import Config, flatten, get, resolve
 from train.errors import UsageError
 from train.experiments import EXPERIMENTS
 

@@ -16,7 +16,7 @@ import pytest
 from models import sharding
 from models.lora import LoraKernel
 from tests.train_helpers import ROOT, pair, write_text
-from train import loop, mesh, placement, step
+from train import launch, mesh, placement, step
 from train.cli import parse
 from train.config import MeshConfig
 from train.errors import UsageError
@@ -68,7 +68,7 @@ def begin(words, devices, data=None, fsdp=None):
     """What a run begins with: its step, the shapes of its state, the state, and an evaluation."""
     config = parse([*SMALL, *words]).config
     work = mesh.Work(mesh.make(MeshConfig(data, fsdp), devices), config.train.micro_batch_size)
-    optimizer, fused, first = loop.prepare(config, work)
+    optimizer, fused, first = launch.prepare(config, work)
     shapes = placement.place(jax.eval_shape(first, jax.random.key(0)), optimizer, work.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     # (Rounding at random would draw other numbers where sums differ in their last bit.)

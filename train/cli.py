@@ -19,15 +19,8 @@ import tyro
 
 from models.config import PRESETS
 from train import weights
-from train.config import (
-    READ_BY,
-    Config,
-    DataConfig,
-    flatten,
-    resolve,
-    unread_data_keys,
-    validate,
-)
+from train.checks import unread_data_keys, validate
+from train.config import READ_BY, Config, DataConfig, flatten, resolve
 from train.errors import TrainError, UsageError, no_space, one_line
 from train.experiments import EXPERIMENTS, check_model, check_text, header, listing, model_of
 
@@ -58,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             show(command)
         else:
-            from train.loop import run
+            from train.launch import run
 
             run(command)
         return 0

@@ -17,7 +17,7 @@ import sentencepiece
 import tokenizers
 
 from train import cache
-from train.config import LEAST_PIECES
+from train.checks import LEAST_PIECES
 from train.errors import UsageError, one_line
 
 BYTES = "bytes"  # --data.tokenizer's word for no pieces at all

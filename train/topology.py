@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from models import backend
 from models.config import LlamaConfig
-from train import hlo, loop, mesh, placement, source
+from train import hlo, launch, mesh, placement, source
 from train.batches import Batch
 from train.cli import Command
 from train.config import Config
@@ -125,7 +125,7 @@ def compile_step(config: Config, grid: mesh.Mesh) -> Compiled | Refused:
     """The training step of a configuration on a mesh."""
     work = mesh.Work(grid, config.train.micro_batch_size)
     key = jax.random.key(config.train.seed)
-    optimizer, fused, begin = loop.prepare(config, work)
+    optimizer, fused, begin = launch.prepare(config, work)
     shapes = placement.place(jax.eval_shape(begin, key), optimizer, grid)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     size = (config.train.batch_size, config.train.sequence_length)

@@ -1,0 +1,252 @@
+"""The dense product whose backward pass gives the projected gradient of its kernel."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_subspace._blocks import dequantize
+from optax_subspace._projection import compute_dtype
+from optax_subspace._projectors import Projector
+from optax_subspace._projectors._base import directions, squared_norm
+from optax_subspace._refresh import checked
+
+
+class How(NamedTuple):
+    """The static side of a kernel's gradient.
+
+    Attributes:
+      path: the parameter's.
+      sides: ``("left",)``, ``("right",)`` or both.
+      reduction, output: axes of one slice of the kernel.
+      rule: the projector.
+      refresh: whether slices that are due get a new basis in this backward pass.
+    """
+
+    path: str
+    sides: tuple[str, ...]
+    reduction: tuple[int, ...]
+    output: tuple[int, ...]
+    rule: Projector
+    refresh: bool
+
+
+class Probe(NamedTuple):
+    """Zeros whose cotangents bring out what a backward pass has found; batch axes in front.
+
+    Attributes:
+      low: the projected gradient, ``plan.low_shape``.
+      products: ``G G^T P / ||G||_F^2`` of each side, ``(m, r)``, for rules that follow; the norm
+        is the estimate of ``squared_norm``.
+      energies: ``||P^T G||_F^2 / ||G||_F^2`` of each side; -1 without any gradient.
+      bases: the bases that this pass has projected with, if it refreshes.
+      rules: the rules' states after it, as floats, if it refreshes.
+      done: 1 where there is a new basis.
+      uses: how often the kernel was used.
+    """
+
+    low: jax.Array
+    products: tuple[jax.Array, ...]
+    energies: tuple[jax.Array, ...]
+    bases: tuple[jax.Array, ...]
+    rules: Any
+    done: jax.Array
+    uses: jax.Array
+
+
+class Settings(NamedTuple):
+    how: How
+    precision: Any
+    preferred: Any
+
+    @property
+    def keeps_coordinates(self) -> bool:
+        """Whether ``x P`` is all that the backward pass needs of ``x``."""
+        how = self.how
+        return "left" in how.sides and not how.refresh and how.rule.follow is None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(settings: Settings, x: Any, weight: Any, aux: Any, probe: Probe) -> jax.Array:
+    """``x (t, m) @ weight (m, n)``."""
+    del aux, probe
+    return jnp.dot(
+        x, weight, precision=settings.precision, preferred_element_type=settings.preferred
+    )
+
+
+def _forward(settings, x, weight, aux, probe):
+    out = product(settings, x, weight, aux, probe)
+    if settings.keeps_coordinates:
+        left = aux[0][settings.how.sides.index("left")]
+        kept = _narrow(x, left)
+    else:
+        kept = x
+    # (Of the probe nothing but its shapes is read.)
+    return out, (kept, weight, aux, probe)
+
+
+def _backward(settings, saved, dy):
+    kept, weight, aux, probe = saved
+    dx = jnp.dot(
+        dy, weight.T, precision=settings.precision, preferred_element_type=settings.preferred
+    )
+    found = _found(settings, kept, dy, aux, probe)
+    x_dtype = weight.dtype if settings.keeps_coordinates else kept.dtype
+    return dx.astype(x_dtype), None, None, found
+
+
+product.defvjp(_forward, _backward)
+
+
+def _found(settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe) -> Probe:
+    """What the backward pass of one product finds: the cotangent of its probe."""
+    how = settings.how
+    bases, rules, due = aux
+    done = jnp.zeros([], bool)
+    if how.refresh:
+        gradient = Gradient(kept, dy)
+        bases, rules, done = _refreshed(how, gradient, bases, rules, due)
+    if settings.keeps_coordinates:
+        low = _contract(kept, _narrow(dy, bases[1]) if len(how.sides) == 2 else dy)
+    else:
+        ends = {"left": kept, "right": dy}
+        for side, basis in zip(how.sides, bases, strict=True):
+            ends[side] = _narrow(ends[side], basis)
+        low = _contract(ends["left"], ends["right"])
+    followed: list[tuple[jax.Array, jax.Array]] = []
+    if how.rule.follow is not None:
+        followed = [
+            _followed(kept, dy, side, basis, low if how.sides == (side,) else None)
+            for side, basis in zip(how.sides, bases, strict=True)
+        ]
+    as_probe = lambda x, p: x.reshape(p.shape).astype(p.dtype)
+    refreshed = how.refresh
+    return Probe(
+        low=as_probe(low, probe.low),
+        products=tuple(as_probe(f[0], p) for f, p in zip(followed, probe.products, strict=True)),
+        energies=tuple(as_probe(f[1], p) for f, p in zip(followed, probe.energies, strict=True)),
+        bases=tuple(as_probe(dequantize(b), p) for b, p in zip(bases, probe.bases, strict=True))
+        if refreshed
+        else (),
+        rules=jax.tree.map(as_probe, as_floats(rules), probe.rules) if refreshed else (),
+        done=as_probe(done, probe.done),
+        uses=jnp.ones_like(probe.uses),
+    )
+
+
+def _narrow(x: jax.Array, basis: Any) -> jax.Array:
+    """``x P``, ``(t, r)`` in the dtype of ``x``."""
+    basis = dequantize(basis).astype(x.dtype)
+    return jnp.dot(x, basis, preferred_element_type=compute_dtype(x.dtype)).astype(x.dtype)
+
+
+def _contract(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x^T y`` over the tokens."""
+    return jnp.dot(x.T, y, preferred_element_type=compute_dtype(x.dtype))
+
+
+def _followed(
+    x: jax.Array, dy: jax.Array, side: str, basis: Any, low: Any
+) -> tuple[jax.Array, jax.Array]:
+    """``G G^T P / ||G||_F^2`` of one side, ``(m, r)``, and the energy within its basis."""
+    if side == "right":
+        x, dy = dy, x
+    if low is None:
+        low = _contract(_narrow(x, basis), dy)
+    elif side == "right":
+        low = low.T
+    # Scaled, so that squares neither overflow nor vanish.
+    scale = jnp.maximum(jnp.max(jnp.abs(low)), jnp.finfo(low.dtype).tiny)
+    low = low / scale
+    seen_by = directions(dy.shape[1], low.dtype)
+    seen = _contract(x, _narrow(dy, seen_by)) / scale
+    squared = squared_norm(low, seen, dequantize(basis).astype(low.dtype), seen_by)
+    some = squared > 0
+    product = _contract(x, _narrow(dy, low.T)) / jnp.where(some, squared, 1) / scale
+    return product, jnp.where(some, jnp.sum(low**2) / jnp.where(some, squared, 1), -1.0)
+
+
+class Gradient:
+    """``G = x^T d`` of shape ``(m, n)``, known by its products: what a rule without need of the
+    matrix itself (``Projector.matrix_free``) is given at the source."""
+
+    def __init__(self, x: jax.Array, d: jax.Array):
+        self.x, self.d = x, d
+        self.shape, self.ndim = (x.shape[1], d.shape[1]), 2
+        self.dtype = compute_dtype(jnp.promote_types(x.dtype, d.dtype))
+
+    @property
+    def T(self) -> Gradient:
+        return Gradient(self.d, self.x)
+
+    def __matmul__(self, other: jax.Array) -> jax.Array:
+        """``G A``, ``(m, k)``."""
+        return _contract(self.x, _narrow(self.d, other))
+
+    def __rmatmul__(self, other: jax.Array) -> jax.Array:
+        """``A G``, ``(k, n)``."""
+        return (self.T @ other.T).T
+
+    def dense(self) -> jax.Array:
+        """The matrix."""
+        return _contract(self.x, self.d)
+
+    def scaled(self) -> Gradient:
+        """Neither squares of its factors nor their products overflow or vanish."""
+        one = lambda a: a / jnp.maximum(jnp.max(jnp.abs(a)), jnp.finfo(a.dtype).tiny)
+        return Gradient(one(self.x), one(self.d))
+
+
+def _refreshed(how: How, gradient: Gradient, bases: Any, rules: Any, due: jax.Array) -> Any:
+    """Bases and states of the rule after a refresh, and whether there was one."""
+
+    def renew():
+        matrix: Any = gradient.scaled() if how.rule.matrix_free else gradient.dense()
+        if how.rule.matrix_free:
+            # A product with one random vector tells whether there is any gradient.
+            some = matrix @ jax.random.normal(jax.random.key(0), (matrix.shape[1], 1))
+        else:
+            some = matrix
+            matrix = matrix / jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
+        usable = jnp.all(jnp.isfinite(some)) & jnp.any(some != 0)
+        sides = [
+            checked(how.rule.update, matrix if side == "left" else matrix.T, basis, state)
+            for side, basis, state in zip(how.sides, bases, rules, strict=True)
+        ]
+        new = tuple(b for b, _ in sides), tuple(s for _, s in sides)
+        keep = lambda n, o: jnp.where(usable, n, o)
+        return (*jax.tree.map(keep, new, (bases, rules)), usable)
+
+    return jax.lax.cond(due, renew, lambda: (bases, rules, jnp.zeros([], bool)))
+
+
+def as_floats(tree: Any) -> Any:
+    """A rule's state as floats, exactly: whole numbers become two of 16 bits each.
+
+    Cotangents are floats, and a refresh within the backward pass has the rule's state to bring out.
+    """
+
+    def split(x: jax.Array) -> Any:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        bits = x.astype(jnp.uint32) if x.dtype != jnp.int32 else x.view(jnp.uint32)
+        return (bits >> 16).astype(jnp.float32), (bits & 0xFFFF).astype(jnp.float32)
+
+    return jax.tree.map(split, tree)
+
+
+def from_floats(tree: Any, like: Any) -> Any:
+    """The inverse of :func:`as_floats`, in the dtypes of ``like``."""
+
+    def join(x: jax.Array, parts: Any) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return parts
+        high, low = (p.astype(jnp.uint32) for p in parts)
+        bits = (high << 16) | low
+        return bits.view(jnp.int32) if x.dtype == jnp.int32 else bits.astype(x.dtype)
+
+    return jax.tree.map(join, like, tree)

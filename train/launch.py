@@ -1,0 +1,155 @@
+"""From the command line to the first step: data, optimizer, memory, folder and state."""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from models import lora
+from models.llama import pieces
+from optax_subspace import FusedStep, dequantize
+from train import (
+    batches,
+    corpus,
+    devices,
+    memory,
+    mesh,
+    placement,
+    processes,
+    report,
+    rundir,
+    source,
+    tensorboard,
+    weights,
+)
+from train.checkpoint import Checkpoints, fingerprint
+from train.cli import Command
+from train.config import Config
+from train.loop import Trainer
+from train.optimizer import Optimizer, make
+from train.screen import Screen
+from train.step import (
+    State,
+    init_state,
+    make_fused,
+    make_loss,
+)
+from train.tokenizer import check_vocabulary
+
+
+def run(command: Command) -> None:
+    """Does what the command line says.
+
+    Raises:
+      TrainError: the run can't begin or go on; the message is for the user.
+    """
+    # Orbax, tfds and grain log what the trainer tells in its own words; errors are raised as well.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    processes.join()
+    config = command.config
+    screen = Screen(None if processes.is_first() else open(os.devnull, "w"))  # noqa: SIM115
+    if config.log.tensorboard:
+        tensorboard.check()
+    place = rundir.choose(command)
+    grid = mesh.make(config.mesh)
+    mesh.check_rows(config, grid)
+    source.check(config, grid)
+    work = mesh.Work(grid, config.train.micro_batch_size)
+    if kind := devices.idle_accelerator():
+        screen.say(f"warning: {devices.warning(kind)}")
+
+    data = corpus.load(config.data, weights.tokenizer(config.weights), screen.say)
+    check_vocabulary(data.tokenizer, config.model.vocab_size, config.data.tokenizer or "None")
+    held_out = batches.held_out(data, config.train.sequence_length)
+    stream = batches.training(
+        data, config.train.batch_size, config.train.sequence_length, config.train.seed
+    )
+    is_fused = config.train.fused_backward
+    key = jax.random.key(config.train.seed)
+    optimizer, fused, begin = prepare(config, work)
+    shapes = placement.place(jax.eval_shape(begin, key), optimizer, grid)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    initial = jax.jit(begin, donate_argnums=1, out_shardings=shardings)
+
+    adapters = sum(leaf.size for leaf in lora.adapters(shapes.params))
+    screen.say(
+        f"Model {command.model}: {config.model.num_params():,} parameters"
+        f"{f' and {adapters:,} of adapters' if adapters else ''}. Experiment "
+        f"{command.experiment} with {config.optimizer.name} on {grid}.\n{data.name}.\n"
+    )
+    report.print_projection(screen, optimizer, jax.eval_shape(dequantize, shapes.params))
+    batch = batches.shapes(config.data, config.train.batch_size, config.train.sequence_length)
+    batch = mesh.with_shardings(batch, jax.tree.map(lambda _: grid.rows, batch))
+    # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
+    # changed shape or dtype would cost, is an error.
+    steps = source.jitted_steps(config, optimizer, fused, work, shardings)
+    compiled = [step.lower(shapes, batch).compile() for step in steps]
+    train_step = source.SourceSteps(*compiled) if len(compiled) > 1 else compiled[0]
+    loss_fn = make_loss(config.model, optimizer)
+    parts = pieces(config.model) if is_fused else None
+    remat, only = config.model.remat, config.lora.only
+    predicted = memory.predict(shapes, batch, loss_fn, parts, remat, only, work)
+    measured = memory.measure(train_step, shapes)
+    report.print_memory(screen, predicted, measured, is_fused)
+
+    if config.model.dtype == "float16" and not is_fused:
+        screen.say(
+            "warning: without --train.fused_backward float16 has no loss scale, so that small "
+            "gradients vanish; bfloat16 needs none."
+        )
+
+    place, lock = place.open(command)
+    checkpoints = Checkpoints(
+        place.checkpoints,
+        config.checkpoint.keep,
+        fingerprint(config, data.key, shapes, weights.key(config.weights)),
+        lambda line: screen.say(f"warning: {line}"),
+        config.checkpoint.keep_best,
+    )
+    state = checkpoints.restore(shapes, stream) if place.resumes else None
+    if state is not None:
+        screen.say(f"Going on in {place.path} after step {int(state.step)}.")
+    elif config.resume:
+        screen.say(f"There is no checkpoint in {place.path} yet: beginning at the first step.")
+    else:
+        screen.say(f"Writing to {place.path}.")
+    if processes.is_first():
+        report.save_memory(place.memory, predicted, measured)
+        weights.keep_tokenizer(data.tokenizer, place.path, weights.context(config))
+    trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step, work)
+    if state is None:
+        first = config.weights and weights.read(config.weights, config.model, "--weights")
+        state = initial(key, first or None)
+        del first
+    try:
+        trainer.train(state, stream)
+    finally:
+        screen.stop()
+        stream.close()
+        checkpoints.close()
+        trainer.close()
+        lock.close()
+
+
+def prepare(
+    config: Config, work: mesh.Work
+) -> tuple[Optimizer, FusedStep | None, Callable[..., State]]:
+    """The optimizer, the fused step if there is one, and the state before the first step by key."""
+    is_fused, shards = config.train.fused_backward, work.shards
+    parts = config.train.batch_size // (work.micro_batch_size or config.train.batch_size)
+    at_source = config.train.project_at_source
+    accumulate = parts if is_fused or at_source else 1
+    optimizer = make(
+        config.optimizer, config.train.steps, is_fused, config.lora, shards, accumulate
+    )
+    seed = config.train.seed if config.train.stochastic_rounding else None
+    fused = make_fused(config.model, optimizer, seed, work, at_source) if is_fused else None
+    int8 = config.train.int8_weights
+
+    def begin(key: jax.Array, params: Any = None) -> State:
+        return init_state(config.model, optimizer, key, int8, fused, params, shards)
+
+    return optimizer, fused, begin
