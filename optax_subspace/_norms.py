@@ -61,7 +61,9 @@ def share_of_largest(s: jax.Array, mu: float) -> jax.Array:
         shares = jax.nn.softmax(jnp.stack([s, -s]) / mu, axis=(0, *axes))
         return shares[0] - shares[1]
     size = jnp.abs(s)
-    largest = (size == jnp.max(size, axis=axes, keepdims=True)) & (size > 0)
+    # Not `==`: XLA may compute an entry twice, and the two differ in their last bits.
+    least = (1 - 4 * jnp.finfo(size.dtype).eps) * jnp.max(size, axis=axes, keepdims=True)
+    largest = (size >= least) & (size > 0)
     count = jnp.sum(largest, axis=axes, keepdims=True)
     return jnp.where(largest, jnp.sign(s), 0) / jnp.maximum(count, 1)
 
