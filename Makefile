@@ -1,11 +1,12 @@
 # make train    train a small LLaMA with GaLore on the embedded corpus
 # make test     lint, type check, tests, doctests and notebooks
-# Both set up .venv first; a second call finds it ready. DEVICE=cuda or DEVICE=tpu picks the wheel.
+# Both set up .venv first; a second call finds it ready. WORKERS processes run the tests. DEVICE=cuda or DEVICE=tpu picks the wheel.
 
 PYTHON ?= python3
 DEVICE ?= cpu
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 
 bin := $(VENV)/bin
 extras := $(if $(filter cpu,$(DEVICE)),,$(DEVICE))
@@ -21,10 +22,10 @@ train: $(VENV)/train-$(DEVICE).done
 	$(bin)/python -m train $(ARGS)
 
 test: $(VENV)/test-$(DEVICE).done lint
-	$(bin)/python -m pytest $(ARGS)
+	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/test-$(DEVICE).done
-	$(bin)/python -m pytest -m slow $(ARGS)
+	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 lint: $(VENV)/test-$(DEVICE).done
 	$(bin)/ruff check .
