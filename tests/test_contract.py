@@ -92,7 +92,7 @@ def test_the_contract(projector, inner):
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),

@@ -15,7 +15,7 @@ import pytest
 import optax_subspace as osub
 from models import llama
 from models.config import LlamaConfig
-from tests.train_helpers import ROOT
+from tests.train_helpers import ROOT, host_devices
 
 CONFIG = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_heads=2, num_layers=3)
 KERNELS = (
@@ -405,11 +405,12 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_clipped_accumulated_and_parallel_at_once_equals_the_plain_step():
     """Fused, with micro-batches, a global norm, a tied embedding and eight devices."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": host_devices(8),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import optax_subspace as osub
-from tests.train_helpers import ROOT
+from tests.train_helpers import ROOT, host_devices
 
 PROGRAM = r"""
 import json, re, sys
@@ -91,7 +91,7 @@ print(json.dumps(found))
 def on_eight_devices(*arguments):
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": host_devices(8),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

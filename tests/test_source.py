@@ -17,7 +17,7 @@ from flax import nnx
 import optax_subspace as osub
 from optax_subspace import MatrixSpec
 from optax_subspace._source import AtSource
-from tests.train_helpers import ROOT
+from tests.train_helpers import ROOT, host_devices
 
 RULES = [("layers/", MatrixSpec(-2, -1)), ("experts", MatrixSpec(-2, -1)), ("in|out", None)]
 PROJECTORS = {
@@ -95,8 +95,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
         assert distance <= tolerance * jnp.linalg.norm(jnp.ravel(b)), (path, distance)
 
 
-FAST = {("svd", "left"), ("svd", "right"), ("history_pca", "left"), ("online_pca", "both")}
-FAST |= {("subspace_iteration", "left")}
+FAST = {("svd", "left"), ("subspace_iteration", "right"), ("online_pca", "both")}
 
 
 @pytest.mark.parametrize(
@@ -421,7 +420,7 @@ print(json.dumps({"values": found, "moved": moved, "others": others}))
 
 def test_only_low_rank_gradients_cross_devices():
     """Eight devices: the losses of one; the all-reduces are of R and of what isn't projected."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "XLA_FLAGS": host_devices(8)}
     run = subprocess.run(
         [sys.executable, "-c", PARALLEL], capture_output=True, text=True, env=environment, cwd=ROOT
     )

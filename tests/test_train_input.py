@@ -117,7 +117,7 @@ def test_a_shard_that_breaks_in_a_run_loses_nothing(path, tmp_path, monkeypatch,
 
     def fails(self, number):
         taken.append(number)
-        if len(taken) > 26:
+        if len(taken) > 32:
             raise UsageError("--data.path: a.jsonl was changed or deleted while it was being read")
         return read(self, number)
 

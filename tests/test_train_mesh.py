@@ -15,7 +15,7 @@ import pytest
 
 from models import sharding
 from models.lora import LoraKernel
-from tests.train_helpers import ROOT, pair, write_text
+from tests.train_helpers import ROOT, host_devices, pair, write_text
 from train import launch, mesh, placement, step
 from train.cli import parse
 from train.config import MeshConfig
@@ -93,7 +93,7 @@ def train(words, devices, data=None, fsdp=None, steps=3):
 def on_eight_devices(program, *arguments):
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": host_devices(8),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }
@@ -287,7 +287,7 @@ def run_of(words, processes, devices):
     for number in range(processes):
         environment = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": host_devices(devices),
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
         }

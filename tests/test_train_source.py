@@ -45,7 +45,7 @@ def train(name, at_source, size=None):
     "name",
     [
         "galore",
-        "online_subspace_descent",
+        pytest.param("online_subspace_descent", marks=pytest.mark.slow),
         pytest.param("galore_adamw8bit", marks=pytest.mark.slow),
     ],
 )

@@ -27,6 +27,11 @@ TINY = [
 ]
 
 
+def host_devices(count: int) -> str:
+    """`XLA_FLAGS` of a process with so many devices, which compiles as shortly as the suite."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+
+
 def pair(windows: jax.Array) -> Batch:
     """Windows (B, S + 1) of tokens as a batch."""
     return Batch(windows[:, :-1], windows[:, 1:])
@@ -56,7 +61,6 @@ def start(arguments: list[str], prologue: str = "", cwd: Path = ROOT) -> subproc
     code = f"{prologue}\nimport runpy\nrunpy.run_module('train', run_name='__main__')"
     program = ["-c", code] if prologue else ["-m", "train"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
         cwd=cwd,

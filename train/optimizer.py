@@ -74,7 +74,8 @@ def make(
         }
         if config.name in GALORE:
             settings["every"] = config.every
-    adam: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    betas: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+    adam = dict(betas)
     storage: dict[str, Any] = {"code": config.code, "shards": shards}
     if config.code in FIRST_MOMENTS_ALONE:
         storage["rules"] = [("(^|/)nu/", "dynamic")]
@@ -109,7 +110,7 @@ def make(
         )
         parts = {
             "base": optax.set_to_zero() if adapters.only else inner,
-            "adapter": optax.adamw(rate, **adam, weight_decay=config.weight_decay),
+            "adapter": optax.adamw(rate, **betas, weight_decay=config.weight_decay),
         }
         inner = optax.multi_transform(parts, lora.labels)
         if adapters.only:
