@@ -8,7 +8,6 @@ is the most that a device holds at once: arguments, and of the temporaries those
 
 import argparse
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import optax_subspace as osub
 from benchmarks import _llama_shapes, _timing
 from models import llama
 from models.config import PRESETS, LlamaConfig
+from train import topology
 from train.memory import tree_bytes
 from train.step import kernels_in_int8
 
@@ -109,18 +109,6 @@ def compile_row(name: str, function: Any, arguments: tuple[Any, ...], donate: An
     return [name, *(f"{size / 2**30:.2f}" for size in sizes), last, f"{seconds:.0f}"]
 
 
-def device_of(topology: str) -> Any:
-    """The first chip of a TPU topology, which only compiles."""
-    from jax.experimental import topologies
-
-    kind = topology.partition(":")[0]
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    kinds = {"v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", kinds.get(kind, kind))
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-
-
 def main() -> None:
     """Prints a table per model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -138,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # where libtpu is installed and no TPU is
     on_tpu = args.platform == "tpu"
-    device = device_of(args.topology) if on_tpu else jax.devices()[0]
+    device = topology.devices(args.topology)[0][0] if on_tpu else jax.devices()[0]
     place = jax.sharding.SingleDeviceSharding(device)
     where = f"TPU {args.topology}" if on_tpu else "CPU"
     print(f"{where}, {_timing.versions('jax', 'optax', 'libtpu')}")

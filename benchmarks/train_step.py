@@ -21,9 +21,9 @@ import optax
 
 import optax_subspace as osub
 from benchmarks import _llama_shapes, _timing
-from benchmarks.fused_memory import device_of
 from models import llama
 from models.config import PRESETS, LlamaConfig
+from train import topology
 
 PEERS = ("AdamW", "optax.contrib.galore")
 RATE = 1e-3
@@ -196,7 +196,7 @@ def compiled_cost(model: str, args: argparse.Namespace) -> None:
 
     (XLA counts the body of a loop once, so models of one and of two layers without a loop tell.)
     """
-    place = jax.sharding.SingleDeviceSharding(device_of(args.topology))
+    place = jax.sharding.SingleDeviceSharding(topology.devices(args.topology)[0][0])
     whole = config_of(model, args)
     rank = args.rank or _llama_shapes.RANKS[model]
     put = lambda tree: jax.tree.map(
