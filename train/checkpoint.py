@@ -8,6 +8,7 @@ Orbax casts silently to the target's dtypes and drops what the target lacks.
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from train.step import State
 
 _SAVING = ".saving-"
 _SCORE = "validation.json"
+_MOST_CLEARINGS, _BETWEEN_CLEARINGS = 50, 0.1  # times, seconds
 # Keys that change neither the parameters nor the metrics up to a given step, or, as another number
 # of devices does, no more than the order of sums (what the paths of the data lead to is in the
 # corpus' key).
@@ -190,7 +192,7 @@ class Checkpoints:
 
     def _explain(self, step: int, temporary: Path, error: Exception) -> Exception:
         """The error of a failed saving in words, where it is one of files; half-written ones go."""
-        self._clear(temporary)
+        self._clear(temporary, late=True)
         reason = no_space(error)
         if reason is None and not isinstance(error, OSError):
             return error
@@ -298,9 +300,19 @@ class Checkpoints:
                 f"{jax.__version__}: the last bits may differ"
             )
 
-    def _clear(self, temporary: Path) -> None:
-        for path in self._folder.glob(f"{temporary.name}*"):
-            shutil.rmtree(path, ignore_errors=True)
+    def _clear(self, temporary: Path, *, late: bool = False) -> None:
+        """Removes what was written; `late` where other threads may be writing still.
+
+        Orbax tells of the first write that fails, and does not wait for those beside it, which make
+        files and folders anew: it is over when nothing came back for a while.
+        """
+        for _ in range(_MOST_CLEARINGS):
+            paths = list(self._folder.glob(f"{temporary.name}*"))
+            for path in paths:
+                shutil.rmtree(path, ignore_errors=True)
+            if not (paths and late):
+                return
+            time.sleep(_BETWEEN_CLEARINGS)
 
     def _set_aside(self, step: int) -> None:
         aside = self._folder.parent / "damaged"
