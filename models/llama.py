@@ -307,13 +307,13 @@ def subspace_rules() -> tuple[tuple[str, Any], ...]:
     """Rules for `optax_subspace`: the seven stacked kernels are matrices, all else is left alone.
 
     Input features are the reduction axis. Axes are counted from the end, so that the rules serve
-    the stack, whose axis 0 is the layer, and one layer of it. Of a kernel with an adapter
-    (`models.lora`) they take the base.
+    the stack, whose axis 0 is the layer, one layer of it, and a list of layers. Of a kernel with
+    an adapter (`models.lora`) they take the base.
     """
     from optax_subspace import MatrixSpec
 
     kernel = MatrixSpec(reduction_axis=-2, output_axis=-1)
-    return (r"layers/(q|k|v|o|gate|up|down)/kernel(/base)?$", kernel), (r".*", None)
+    return (r"layers/(\d+/)?(q|k|v|o|gate|up|down)/kernel(/base)?$", kernel), (r".*", None)
 
 
 def _normal(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:

@@ -12,6 +12,13 @@ from optax_subspace._chaining import (
 )
 from optax_subspace._describe import Description, describe
 from optax_subspace._energy import Hamiltonian, hamiltonian
+from optax_subspace._gradient_scaling import (
+    GradientScalingState,
+    apollo,
+    apollo_mini,
+    fira,
+    scale_by_subspace_norms,
+)
 from optax_subspace._hamiltonian import HamiltonianState, scale_by_hamiltonian_descent
 from optax_subspace._kinetic import (
     Kinetic,
@@ -60,6 +67,7 @@ __all__ = [
     "FusedMetrics",
     "FusedState",
     "FusedStep",
+    "GradientScalingState",
     "Hamiltonian",
     "HamiltonianState",
     "InSubspaceState",
@@ -82,9 +90,12 @@ __all__ = [
     "adam_kinetic",
     "adamw8bit",
     "adaptive_period",
+    "apollo",
+    "apollo_mini",
     "apply_updates",
     "dequantize",
     "describe",
+    "fira",
     "fixed",
     "fused_backward",
     "galore",
@@ -110,6 +121,7 @@ __all__ = [
     "scale_by_hamiltonian_descent",
     "scale_by_lion",
     "scale_by_subspace",
+    "scale_by_subspace_norms",
     "source_dot_general",
     "source_promote_dtype",
     "state_shardings",

@@ -209,12 +209,26 @@ def _optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """``inner`` in the subspace, decay in full space, then the learning rate.
 
-    The latter two see no micro-batch but the last of each step, and a leaf that was skipped for a
-    gradient that is not finite does not decay either. (``accumulate`` is None rather than
-    1 by default, since ``optax.inject_hyperparams`` makes arrays of all numbers.)
+    (``accumulate`` is None rather than 1 by default, since ``optax.inject_hyperparams`` makes
+    arrays of all numbers.)
     """
     accumulate = 1 if accumulate is None else accumulate
     subspace = scale_by_subspace(inner, accumulate=accumulate, **settings)
+    return finished(subspace, learning_rate, weight_decay, mask, accumulate)
+
+
+def finished(
+    subspace: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float,
+    mask: Any,
+    accumulate: int = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """``subspace``, whose state has a ``projection``, then decay in full space and learning rate.
+
+    The latter two see no micro-batch but the last of each step, and a leaf that was skipped for a
+    gradient that is not finite does not decay either.
+    """
     decay = decay_of(weight_decay, mask)
     after: Any = optax.chain(decay, optax.scale_by_learning_rate(learning_rate))
     if accumulate > 1:

@@ -50,6 +50,25 @@ def inner_update(
       Updates in full shape and the gradients' dtypes, zero where a leaf's gradient was not finite;
       and the inner state, unchanged for those leaves.
     """
+    lows, used, new_state = inner_low_update(inner, handed, structure, state, params, extra_args)
+    full = zip(handed, lows, used, strict=True)
+    return [_full_update(jnp.where(ok, u, 0), x) for x, u, ok in full], new_state
+
+
+def inner_low_update(
+    inner: optax.GradientTransformationExtraArgs,
+    handed: Sequence[LowRankUpdate],
+    structure: Any,
+    state: optax.OptState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[list[jax.Array], list[jax.Array], optax.OptState]:
+    """Runs ``inner`` on the low-rank leaves of a tree of ``structure``.
+
+    Returns:
+      Updates in subspace shape; whether each is used, () bool; and the inner state, unchanged for
+      those leaves that aren't.
+    """
     low_params = None
     if params is not None:
         weights = zip(handed, structure.flatten_up_to(params), strict=True)
@@ -67,8 +86,7 @@ def inner_update(
     used = [x.used & jnp.all(jnp.isfinite(u)) for x, u in zip(handed, lows, strict=True)]
     new_state = keep_skipped(new_state, state, structure, used, ready)
     new_state = turn_moments(new_state, structure, plans, [x.after for x in handed])
-    full = zip(handed, lows, used, strict=True)
-    return [_full_update(jnp.where(ok, u, 0), x) for x, u, ok in full], new_state
+    return lows, used, new_state
 
 
 def _low_weight(weight: jax.Array, leaf: LowRankUpdate) -> jax.Array:

@@ -27,22 +27,33 @@ class OptimizerConfig:
         "adamw8bit",
         "lomo",
         "adalomo",
+        "apollo",
+        "apollo_mini",
+        "fira",
+        "adafactor",
+        "lion",
+        "sgd",
+        "muon",
+        "contrib_galore",
     ] = "galore"
     """galore: Adam in a low-rank subspace of each gradient; online_subspace_descent: in one that
     follows every gradient; adamw: the full-rank baseline; 8bit: with moments in 8 bits; lomo:
-    gradient descent; adalomo: with factored second moments, in the fused backward pass alone"""
+    gradient descent; adalomo: with factored second moments, in the fused backward pass alone;
+    apollo, apollo_mini, fira: gradients scaled at full rank by what Adam does in a subspace; and
+    optax's own adafactor, lion, sgd with momentum, muon, and contrib_galore, layer by layer"""
     learning_rate: float | None = None
     """Peak of the schedule; None is the optimizer's own: 0.01 in a subspace, 0.003 for adamw, 0.5
-    for lomo, 0.01 for adalomo"""
+    for lomo and sgd, 0.01 for adalomo, adafactor and muon, 0.001 for lion"""
     kinetic: Literal["adam", "heavy_ball", "nesterov", "lion"] = "adam"
     """galore, online_subspace_descent: the momentum method within the subspace, as a Hamiltonian
     descent; b1 and b2 are those of its peer in optax, of which the balls read b1 alone"""
     rank: int = 32
     """In a subspace: its dimension"""
     every: int = 50
-    """galore: steps from one projector to the next"""
-    scale: float = 0.25
-    """In a subspace: factor on the lifted update; learning_rate x scale is the effective rate"""
+    """galore, apollo, fira: steps from one projector to the next"""
+    scale: float | None = None
+    """In a subspace: factor on the lifted update (apollo: on all of it); learning_rate x scale is
+    the effective rate. None is the published one: 0.25, apollo 1, apollo_mini the root of 128"""
     side: Side = "shorter"
     """In a subspace: side of each matrix that is projected"""
     projector_dtype: Storage = "float32"
@@ -53,10 +64,11 @@ class OptimizerConfig:
     code: Code = "dynamic"
     """8bit: how the moments are stored; of linear, float8_e4m3fn and the 4-bit codes, which lose
     small squares, the first moments alone, and the second ones in dynamic"""
-    b1: float = 0.9
-    """Decay of the first moment"""
-    b2: float = 0.999
-    """Decay of the second moment"""
+    b1: float | None = None
+    """Decay of the first moment, and of sgd's, muon's and adafactor's momentum; None is 0.9, for
+    muon 0.95"""
+    b2: float | None = None
+    """Decay of the second moment; None is 0.999, for lion 0.99"""
     eps: float = 1e-6
     """Added to the root of the second moment"""
     weight_decay: float = 0.0
@@ -74,24 +86,35 @@ GALORE = ("galore", "galore_adamw8bit")
 SUBSPACE = (*GALORE, "online_subspace_descent", "online_subspace_adamw8bit")
 ADAMW = ("adamw", "adamw8bit")
 MOMENTA = (*SUBSPACE, *ADAMW)
+SCALED = ("apollo", "apollo_mini", "fira")  # gradients at full rank, by norms in a subspace
+PROJECTED = (*SUBSPACE, *SCALED)
+BASELINES = ("adafactor", "lion", "sgd", "muon", "contrib_galore")
 FIRST_MOMENTS_ALONE = ("linear", "float8_e4m3fn", "dynamic4", "linear4")  # else Adam diverges
 EIGHT_BIT = ("galore_adamw8bit", "online_subspace_adamw8bit", "adamw8bit")
 
 # Fields that some optimizers alone read: giving them to another one is refused.
 READ_BY = {
-    **dict.fromkeys(("rank", "scale", "side", "projector_dtype"), SUBSPACE),
-    "every": GALORE,
+    "rank": (*SUBSPACE, "apollo", "fira", "contrib_galore"),
+    "scale": (*PROJECTED, "contrib_galore"),
+    **dict.fromkeys(("side", "projector_dtype"), PROJECTED),
+    "every": (*GALORE, *SCALED, "contrib_galore"),
     "code": EIGHT_BIT,
     **dict.fromkeys(("kinetic", "moment_dtype"), ("galore", "online_subspace_descent")),
-    **dict.fromkeys(("b1", "b2", "eps"), MOMENTA),
+    "b1": (*MOMENTA, *SCALED, *BASELINES),
+    "b2": (*MOMENTA, *SCALED, "lion", "muon", "contrib_galore"),
+    "eps": (*MOMENTA, *SCALED, "contrib_galore"),
 }
 
 DEFAULT_LEARNING_RATE = {
-    **dict.fromkeys(SUBSPACE, 0.01),
+    **dict.fromkeys((*PROJECTED, "contrib_galore"), 0.01),
     **dict.fromkeys(ADAMW, 0.003),
-    "lomo": 0.5,
-    "adalomo": 0.01,
+    **dict.fromkeys(("lomo", "sgd"), 0.5),
+    **dict.fromkeys(("adalomo", "adafactor", "muon"), 0.01),
+    "lion": 0.001,
 }
+DEFAULT_SCALE = {"apollo": 1.0, "apollo_mini": 128**0.5}  # else 0.25
+DEFAULT_B1 = {"muon": 0.95}  # else 0.9
+DEFAULT_B2 = {"lion": 0.99}  # else 0.999
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,11 +288,15 @@ class Config:
 
 def resolve(config: Config) -> Config:
     """Fills in the defaults that depend on other fields."""
-    optimizer = config.optimizer
-    if optimizer.learning_rate is None and optimizer.name in DEFAULT_LEARNING_RATE:
-        rate = DEFAULT_LEARNING_RATE[optimizer.name]
-        optimizer = dataclasses.replace(optimizer, learning_rate=rate)
-    return dataclasses.replace(config, optimizer=optimizer)
+    name = config.optimizer.name
+    own = {
+        "learning_rate": DEFAULT_LEARNING_RATE[name],
+        "scale": DEFAULT_SCALE.get(name, 0.25),
+        "b1": DEFAULT_B1.get(name, 0.9),
+        "b2": DEFAULT_B2.get(name, 0.999),
+    }
+    missing = {k: v for k, v in own.items() if getattr(config.optimizer, k) is None}
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **missing))
 
 
 def get(config: Config, key: str):

@@ -19,7 +19,7 @@ from train.recipes import Experiment, change, published
 def _quickstart(config: Config) -> Config:
     return change(
         config,
-        optimizer={"name": "galore", "rank": 32, "every": 50, "scale": 0.25},
+        optimizer={"name": "galore", "rank": 32, "every": 50},
         train={"steps": 350, "batch_size": 8, "sequence_length": 256},
     )
 

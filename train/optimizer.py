@@ -16,6 +16,9 @@ from optax_subspace import (
     adalomo,
     adam_kinetic,
     adamw8bit,
+    apollo,
+    apollo_mini,
+    fira,
     galore,
     galore_adamw8bit,
     heavy_ball,
@@ -26,7 +29,15 @@ from optax_subspace import (
     online_subspace_descent,
     scale_by_hamiltonian_descent,
 )
-from train.config import FIRST_MOMENTS_ALONE, GALORE, SUBSPACE, LoraConfig, OptimizerConfig
+from train import baselines
+from train.config import (
+    FIRST_MOMENTS_ALONE,
+    PROJECTED,
+    READ_BY,
+    SUBSPACE,
+    LoraConfig,
+    OptimizerConfig,
+)
 
 NO_ADAPTERS = LoraConfig()
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
@@ -58,11 +69,13 @@ def make(
     `accumulate` micro-batches are added up in the subspace. Blocks of 8-bit states keep to each of
     `shards` parts of an axis.
     """
+    # (The rate may be a traced number.)
     assert config.learning_rate is not None, "train.config.resolve fills it in"
+    assert config.scale is not None
     schedule = warmup_cosine(
         config.learning_rate, steps, config.warmup_fraction, config.final_fraction
     )
-    projects = config.name in SUBSPACE
+    projects = config.name in PROJECTED
     if projects:
         settings: dict[str, Any] = {
             "scale": config.scale,
@@ -70,9 +83,10 @@ def make(
             "rules": subspace_rules(),
             "projector_dtype": config.projector_dtype,
             "weight_decay": config.weight_decay,
-            "accumulate": accumulate,
         }
-        if config.name in GALORE:
+        if config.name in SUBSPACE:
+            settings["accumulate"] = accumulate
+        if config.name in READ_BY["every"]:
             settings["every"] = config.every
     betas: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     adam = dict(betas)
@@ -104,6 +118,14 @@ def make(
             inner = lomo(schedule, weight_decay=config.weight_decay)
         case "adalomo":
             inner = adalomo(schedule, weight_decay=config.weight_decay)
+        case "apollo":
+            inner = apollo(schedule, config.rank, **adam, **settings)
+        case "apollo_mini":
+            inner = apollo_mini(schedule, **adam, **settings)
+        case "fira":
+            inner = fira(schedule, config.rank, **adam, **settings)
+        case _:
+            inner = baselines.make(config, schedule, fused)
     if adapters.rank:
         rate = warmup_cosine(
             adapters.learning_rate, steps, config.warmup_fraction, config.final_fraction
@@ -115,7 +137,7 @@ def make(
         inner = optax.multi_transform(parts, lora.labels)
         if adapters.only:
             schedule, projects = rate, False
-    scale = config.scale if projects else 1.0
+    scale = config.scale if config.name in READ_BY["scale"] and not adapters.only else 1.0
     if fused or config.clip_norm is None:
         return Optimizer(inner, schedule, scale, projects, config.clip_norm, adapters, kinetic)
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)

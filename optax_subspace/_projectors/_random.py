@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from optax_subspace._projectors._base import Projector, check_count
 
 
-def random_projection(every: int = 200) -> Projector:
+def random_projection(every: int = 200, orthonormal: bool = True) -> Projector:
     """A basis drawn uniformly from all orthonormal ones, anew every so many steps.
 
     Args:
       every: number of steps from one basis to the next.
+      orthonormal: otherwise its entries are independent, normal and of variance ``1 / r``, such
+        that the projection keeps the norm of a vector in the mean (Johnson and Lindenstrauss), as
+        :func:`apollo` takes it. The way back then is no inverse: ``P P^T`` is ``m / r`` times too
+        large in the mean, and :func:`subspace_metrics` of energy and drift say little.
 
     Returns:
       A :class:`Projector` whose state is a random key.
@@ -32,7 +38,8 @@ def random_projection(every: int = 200) -> Projector:
 
     def update(gradient, basis, state):
         carried, key = jax.random.split(jax.random.wrap_key_data(state))
-        new, _ = jnp.linalg.qr(jax.random.normal(key, basis.shape, gradient.dtype))
+        new = jax.random.normal(key, basis.shape, gradient.dtype)
+        new = jnp.linalg.qr(new)[0] if orthonormal else new / math.sqrt(basis.shape[1])
         return new, jax.random.key_data(carried)
 
     return Projector(
