@@ -1,6 +1,14 @@
 """The checks on a configuration, before anything is allocated."""
 
-from train.config import MOMENTA, SUBSPACE, Config, DataConfig, get, kind_of_path
+from train.config import (
+    MOMENTA,
+    SUBSPACE,
+    Config,
+    DataConfig,
+    follows_every_gradient,
+    get,
+    kind_of_path,
+)
 from train.errors import UsageError
 
 # Every byte is a piece, so that no text is lost; the rest is for what the corpus repeats.
@@ -90,6 +98,11 @@ def validate(config: Config) -> None:
             f"--log.hamiltonian: is measured at evaluations on a part of the held-out split, of "
             f"which --train.eval_every {config.train.eval_every} leaves none; give fewer than the "
             f"{config.train.steps} steps of the run"
+        )
+    if config.optimizer.moments == "reset" and follows_every_gradient(config.optimizer):
+        raise UsageError(
+            "--optimizer.moments reset: with a projector that follows every gradient the moments "
+            "would be forgotten at every step; give keep or project"
         )
     _validate_source(config)
     _validate_micro_batches(config)

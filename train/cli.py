@@ -20,7 +20,14 @@ import tyro
 from models.config import PRESETS
 from train import weights
 from train.checks import unread_data_keys, validate
-from train.config import READ_BY, Config, DataConfig, flatten, resolve
+from train.config import (
+    READ_BY,
+    Config,
+    DataConfig,
+    flatten,
+    follows_every_gradient,
+    resolve,
+)
 from train.errors import TrainError, UsageError, no_space, one_line
 from train.experiments import EXPERIMENTS, check_model, check_text, header, listing, model_of
 
@@ -112,6 +119,11 @@ def parse(arguments: Sequence[str]) -> Command:
             raise UsageError(
                 f"--{key}: the optimizer {config.optimizer.name} doesn't read it; leave it out, or "
                 f"choose --optimizer.name {READ_BY[field][0]}"
+            )
+        if key == "optimizer.every" and follows_every_gradient(config.optimizer):
+            raise UsageError(
+                f"--{key}: the projector of {config.optimizer.name} follows every gradient; leave "
+                "it out, or choose --optimizer.projector svd"
             )
         if group == "lora" and field != "rank" and not config.lora.rank and not config.lora.only:
             raise UsageError(f"--{key}: there are no adapters; give --lora.rank, e.g. 8")

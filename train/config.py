@@ -5,13 +5,15 @@ The field descriptions below are what `python -m train --help` shows.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from models.config import LlamaConfig
 
 Side = Literal["shorter", "longer", "left", "right", "both", "auto"]
 Code = Literal["dynamic", "linear", "float8_e4m3fn", "float8_e5m2", "dynamic4", "linear4"]
 Storage = Literal["float32", "bfloat16"] | Code
+Periodic = Literal["svd", "subspace_iteration", "random_projection"]
+Following = Literal["history_pca", "online_pca", "online_pca_lion", "online_pca_sgd", "oja"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,16 @@ class OptimizerConfig:
     descent; b1 and b2 are those of its peer in optax, of which the balls read b1 alone"""
     rank: int = 32
     """In a subspace: its dimension"""
+    projector: Periodic | Following | None = None
+    """In a subspace: the rule that finds the bases; online_pca_lion and online_pca_sgd move them by
+    these instead of Adam. None is the optimizer's own: svd, online_subspace_descent: history_pca,
+    apollo: random_projection of independent entries"""
+    moments: Literal["keep", "project", "reset"] | None = None
+    """In a subspace: what becomes of the moments when a basis changes; None keeps them, and
+    projects them beside the own projector of online_subspace_descent"""
     every: int = 50
-    """galore, apollo, fira: steps from one projector to the next"""
+    """In a subspace, unless the projector follows every gradient: steps from one basis to the
+    next"""
     scale: float | None = None
     """In a subspace: factor on the lifted update (apollo: on all of it); learning_rate x scale is
     the effective rate. None is the published one: 0.25, apollo 1, apollo_mini the root of 128"""
@@ -96,8 +106,8 @@ EIGHT_BIT = ("galore_adamw8bit", "online_subspace_adamw8bit", "adamw8bit")
 READ_BY = {
     "rank": (*SUBSPACE, "apollo", "fira", "contrib_galore"),
     "scale": (*PROJECTED, "contrib_galore"),
-    **dict.fromkeys(("side", "projector_dtype"), PROJECTED),
-    "every": (*GALORE, *SCALED, "contrib_galore"),
+    **dict.fromkeys(("side", "projector_dtype", "projector", "moments"), PROJECTED),
+    "every": (*PROJECTED, "contrib_galore"),
     "code": EIGHT_BIT,
     **dict.fromkeys(("kinetic", "moment_dtype"), ("galore", "online_subspace_descent")),
     "b1": (*MOMENTA, *SCALED, *BASELINES),
@@ -112,6 +122,15 @@ DEFAULT_LEARNING_RATE = {
     **dict.fromkeys(("adalomo", "adafactor", "muon"), 0.01),
     "lion": 0.001,
 }
+
+
+def follows_every_gradient(config: OptimizerConfig) -> bool:
+    """Whether the bases have no period."""
+    if config.projector is not None:
+        return config.projector in get_args(Following)
+    return config.name in SUBSPACE and config.name not in GALORE
+
+
 DEFAULT_SCALE = {"apollo": 1.0, "apollo_mini": 128**0.5}  # else 0.25
 DEFAULT_B1 = {"muon": 0.95}  # else 0.9
 DEFAULT_B2 = {"lion": 0.99}  # else 0.999

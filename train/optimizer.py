@@ -13,6 +13,7 @@ from models.llama import subspace_rules
 from optax_subspace import (
     Kinetic,
     ProjectionState,
+    Projector,
     adalomo,
     adam_kinetic,
     adamw8bit,
@@ -22,12 +23,18 @@ from optax_subspace import (
     galore,
     galore_adamw8bit,
     heavy_ball,
+    history_pca,
     lion_kinetic,
     lomo,
     nesterov,
+    oja,
+    online_pca,
     online_subspace_adamw8bit,
     online_subspace_descent,
+    random_projection,
     scale_by_hamiltonian_descent,
+    subspace_iteration,
+    svd,
 )
 from train import baselines
 from train.config import (
@@ -37,6 +44,7 @@ from train.config import (
     SUBSPACE,
     LoraConfig,
     OptimizerConfig,
+    follows_every_gradient,
 )
 
 NO_ADAPTERS = LoraConfig()
@@ -86,7 +94,11 @@ def make(
         }
         if config.name in SUBSPACE:
             settings["accumulate"] = accumulate
-        if config.name in READ_BY["every"]:
+        if config.moments is not None:
+            settings["moments"] = config.moments
+        if config.projector is not None:
+            settings["projector"] = _projector(config)
+        elif not follows_every_gradient(config):
             settings["every"] = config.every
     betas: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     adam = dict(betas)
@@ -142,6 +154,25 @@ def make(
         return Optimizer(inner, schedule, scale, projects, config.clip_norm, adapters, kinetic)
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
     return Optimizer(tx, schedule, scale, projects, None, adapters, kinetic)
+
+
+def _projector(config: OptimizerConfig) -> Projector:
+    match config.projector:
+        case "svd":
+            return svd(config.every)
+        case "subspace_iteration":
+            return subspace_iteration(config.every)
+        case "random_projection":
+            return random_projection(config.every)
+        case "online_pca":
+            return online_pca()
+        case "online_pca_lion":
+            return online_pca(optax.lion(0.02, weight_decay=0.0))
+        case "online_pca_sgd":
+            return online_pca(optax.sgd(0.5), relative=False)
+        case "oja":
+            return oja()
+    return history_pca()
 
 
 def _momentum(config: OptimizerConfig) -> optax.GradientTransformation:
