@@ -19,7 +19,7 @@ import tyro
 
 from models.config import PRESETS
 from train import weights
-from train.checks import unread_data_keys, validate
+from train.checks import NO_ADAPTERS, unread_data_keys, validate
 from train.config import READ_BY, Config, DataConfig, flatten, resolve
 from train.errors import TrainError, UsageError, no_space, one_line
 from train.experiments import EXPERIMENTS, check_model, check_text, header, listing, model_of
@@ -113,11 +113,15 @@ def parse(arguments: Sequence[str]) -> Command:
                 f"--{key}: the optimizer {config.optimizer.name} doesn't read it; leave it out, or "
                 f"choose --optimizer.name {READ_BY[field][0]}"
             )
-        if group == "lora" and field != "rank" and not config.lora.rank and not config.lora.only:
+        if group == "lora" and field != "rank" and not config.lora.rank:
             raise UsageError(f"--{key}: there are no adapters; give --lora.rank, e.g. 8")
-        if group == "optimizer" and config.lora.only and (field == "name" or field in _OF_BASE):
+        if group == "lora" and config.lora.factorize and field not in ("rank", "factorize"):
+            raise UsageError(f"--{key}: {NO_ADAPTERS}; leave it out")
+        alone = config.lora.freeze == "all"
+        if group == "optimizer" and alone and (field == "name" or field in _OF_BASE):
             raise UsageError(
-                f"--{key}: with --lora.only the adapters alone are trained, by AdamW; leave it out"
+                f"--{key}: with --lora.freeze all the adapters alone are trained, by AdamW; leave "
+                "it out"
             )
     for field, why in unread_data_keys(config.data).items():
         if f"data.{field}" in given:

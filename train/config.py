@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from models.config import LlamaConfig
+from models.config import Frozen, LlamaConfig
 
 Side = Literal["shorter", "longer", "left", "right", "both", "auto"]
 Code = Literal["dynamic", "linear", "float8_e4m3fn", "float8_e5m2", "dynamic4", "linear4"]
@@ -96,16 +96,33 @@ DEFAULT_LEARNING_RATE = {
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on the kernels of the layers, trained by AdamW."""
+    """Low-rank adapters on the kernels of the layers, trained by AdamW, or factors in their
+    place."""
 
     rank: int = 0
-    """Dimension of the adapters; 0 is none"""
+    """Dimension of the adapters or factors; 0 is none"""
     alpha: float = 16.0
     """Their product is scaled by alpha / rank"""
     learning_rate: float = 0.001
     """Peak of their own schedule"""
-    only: bool = False
-    """Train the adapters alone; otherwise all other weights too, by the optimizer"""
+    freeze: Frozen = "nothing"
+    """What is not trained: nothing, the kernels that have adapters (as in pre-training by LoRA and
+    ReLoRA: embedding, norms and head are trained by the optimizer), or all but the adapters"""
+    merge_every: int = 0
+    """ReLoRA: after so many steps the kernels take up the adapters' products and the adapters begin
+    anew, with moments of zero; 0 is never"""
+    rewarm_steps: int | None = None
+    """ReLoRA: steps after each of these in which all learning rates rise again, linearly, to the
+    cosine; None is a tenth of merge_every"""
+    factorize: bool = False
+    """Each kernel is the product of two factors of this rank, without a part of full rank and
+    without adapters; the optimizer trains them. They begin as the best approximation of that rank
+    to the kernel that would be there"""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether there are adapters."""
+        return self.rank > 0 and not self.factorize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +286,11 @@ def resolve(config: Config) -> Config:
     if optimizer.learning_rate is None and optimizer.name in DEFAULT_LEARNING_RATE:
         rate = DEFAULT_LEARNING_RATE[optimizer.name]
         optimizer = dataclasses.replace(optimizer, learning_rate=rate)
-    return dataclasses.replace(config, optimizer=optimizer)
+    adapters = config.lora
+    if adapters.merge_every and adapters.rewarm_steps is None:
+        rewarm = max(1, adapters.merge_every // 10)
+        adapters = dataclasses.replace(adapters, rewarm_steps=rewarm)
+    return dataclasses.replace(config, optimizer=optimizer, lora=adapters)
 
 
 def get(config: Config, key: str):
