@@ -115,7 +115,7 @@ def make(
             adapters,
         )
         parts = {
-            "base": inner,
+            "base": optax.set_to_zero() if adapters.freeze == "all" else inner,
             "adapter": optax.adamw(rate, **betas, weight_decay=config.weight_decay),
             "frozen": optax.set_to_zero(),
         }
