@@ -33,14 +33,16 @@ from train import batches, corpus
 from train.cli import parse
 from train.memory import tree_bytes
 from train.optimizer import make
+from train.relora import MergingSteps, jitted_merge
 from train.step import init_state, make_eval_step, make_fused, make_train_step
 
 RESULTS = Path(__file__).parent / "results"
 Rates = Sequence[float]
 
 _CPU = (
-    "--model tiny --model.hidden_size 64 --model.intermediate_size 176 --model.vocab_size 1024 "
-    "--data.vocab_size 1024 --train.batch_size 16 --train.sequence_length 128 --train.steps 250"
+    "--model tiny --model.num_layers 2 --model.hidden_size 64 --model.intermediate_size 176 "
+    "--model.vocab_size 1024 --data.vocab_size 1024 --train.batch_size 8 "
+    "--train.sequence_length 128 --train.steps 300"
 )
 _GPU = (
     "--model 60m --model.vocab_size 4096 --model.param_dtype bfloat16 --model.dtype bfloat16 "
@@ -74,12 +76,20 @@ PROJECTED = doubling(0.004)
 GALORE = f"{named('galore')} --optimizer.rank RANK"
 OSD = f"{named('online_subspace_descent')} --optimizer.rank RANK"
 ONLINE_PCA = f"{OSD} --optimizer.projector online_pca"
+LORA = f"{named('adamw')} --lora.rank RANK --lora.freeze kernels"
 # With every learning rate and three seeds.
 METHODS = {
-    "AdamW, full rank": Method(named("adamw"), doubling(0.001)),
+    "AdamW, full rank": Method(named("adamw"), doubling(0.002)),
+    # The methods in a subspace give kernels a quarter of the rate that all else has: so does this.
+    "AdamW, kernels at 0.25": Method(f"{named('adamw')} --optimizer.scale 0.25", PROJECTED),
     "GaLore": Method(GALORE, PROJECTED),
     "OSD, online PCA": Method(ONLINE_PCA, PROJECTED),
     "OSD, history PCA": Method(OSD, PROJECTED),
+    "LoRA": Method(LORA, doubling(0.002)),
+    "ReLoRA": Method(f"{LORA} --lora.merge_every 75 --lora.rewarm_steps 10", doubling(0.002)),
+    "low-rank factors": Method(
+        f"{named('adamw')} --lora.rank RANK --lora.factorize", doubling(0.002)
+    ),
     "APOLLO": Method(f"{named('apollo')} --optimizer.rank RANK", doubling(0.002)),
 }
 # With every learning rate and one seed.
@@ -145,7 +155,7 @@ def ablations(rank: int) -> dict[str, dict[str, tuple[str, str]]]:
         "sequence length": {
             f"{label}, {length} tokens": (
                 method,
-                f"--train.sequence_length {length} --train.batch_size {2048 // length}",
+                f"--train.sequence_length {length} --train.batch_size {1024 // length}",
             )
             for (method, label), length in itertools.product(
                 (("AdamW, full rank", "AdamW"), (galore, "GaLore"), (history, "history PCA")),
@@ -173,7 +183,7 @@ class Run(NamedTuple):
     def arguments(self) -> str:
         """All words of `python -m train`."""
         keys = ["optimizer.learning_rate"]
-        if "--lora.rank" in self.words and "--lora.factorize" not in self.words:
+        if "--lora.freeze" in self.words:
             keys.append("lora.learning_rate")
         rates = " ".join(f"--{key} {self.rate:g}" for key in keys)
         return f"{self.words} {rates} --train.seed {self.seed}"
@@ -189,6 +199,7 @@ class Runner:
         self.held_out = batches.held_out(self.data, train.sequence_length)
         self.evaluate = make_eval_step(self.config.model)
         self.step = jax.jit(self._step, donate_argnums=0)
+        self.merge = jitted_merge(self.config)
 
     def _parts(self, rate: Any) -> tuple[Any, Any]:
         """The optimizer, whose rate may be traced, and the fused step."""
@@ -213,8 +224,11 @@ class Runner:
         state = jax.jit(lambda key: init_state(self.config.model, optimizer, key, int8, fused))(key)
         stream = batches.training(self.data, train.batch_size, train.sequence_length, seed)
         losses, curve, every = [], [], max(1, train.steps // 10)
+        step_fn = functools.partial(self.step, rate=rate)
+        if self.config.lora.merge_every:
+            step_fn = MergingSteps(step_fn, self.merge, self.config.lora.merge_every)
         for step in range(1, train.steps + 1):
-            state, metrics = self.step(state, next(stream), rate)
+            state, metrics = step_fn(state, next(stream))
             losses.append(metrics.loss)
             if step % every == 0 and step < train.steps:
                 if not math.isfinite(float(losses[-1])):
@@ -235,7 +249,7 @@ class Runner:
     def _score(self, params: Any, most: int) -> float:
         train = self.config.train
         total = count = 0.0
-        most = max(1, most * 2048 // (train.batch_size * train.sequence_length))
+        most = max(1, most * 1024 // (train.batch_size * train.sequence_length))
         for batch in self.held_out.batches(train.batch_size, train.sequence_length, most):
             nats, tokens = self.evaluate(params, batch)
             total, count = total + float(nats), count + float(tokens)

@@ -34,7 +34,7 @@ LOMO = ("--optimizer.name", "lomo", "--optimizer.clip_norm", "1.0", *FUSED)
 LORA = ("--lora.rank", "8", "--lora.alpha", "16")
 SUBSPACE = ("--optimizer.rank", "64")
 METHODS = {
-    "LoRA": Method((*LORA, "--lora.only"), "lora.learning_rate", (3e-4, 1e-3, 3e-3)),
+    "LoRA": Method((*LORA, "--lora.freeze", "all"), "lora.learning_rate", (3e-4, 1e-3, 3e-3)),
     "LOMO": Method(LOMO, rates=(0.01, 0.03, 0.1)),
     "LoRA + LOMO": Method((*LORA, *LOMO), rates=(0.01, 0.03, 0.1)),
     "GaLore": Method(("--optimizer.name", "galore", *SUBSPACE), rates=(1e-4, 3e-4, 1e-3)),

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 Attention = Literal["auto", "dot_product", "einsum", "blocked"]
 Loss = Literal["auto", "logits", "fused"]
+# Which weights are not trained: none, the kernels that have adapters, or all but the adapters.
+Frozen = Literal["nothing", "kernels", "all"]
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -122,10 +124,15 @@ class LlamaConfig:
         >>> PRESETS["7b"].num_params()
         6738415616
         """
-        d, kv = self.hidden_size, self.kv_heads * self.head_dim
-        block = 2 * d * d + 2 * d * kv + 3 * d * self.intermediate_size + 2 * d
+        d = self.hidden_size
+        block = sum(m * n for m, n in self.kernel_shapes()) + 2 * d
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         return self.num_layers * block + embeddings + d
+
+    def kernel_shapes(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the seven kernels of a layer: q, k, v, o, gate, up, down."""
+        d, f, kv = self.hidden_size, self.intermediate_size, self.kv_heads * self.head_dim
+        return [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)]
 
 
 def _check_count(name: str, value: object, alternative: str = "") -> None:

@@ -25,8 +25,8 @@ FSDP = "fsdp"
 RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"^layers/(q|k|v|o|down)/kernel(/base)?$", (-2, -1)),
     (r"^layers/(gate|up)/kernel(/base)?$", (-1, -2)),
-    (r"^layers/\w+/kernel/lora_a$", (-2,)),
-    (r"^layers/\w+/kernel/lora_b$", (-1,)),
+    (r"^layers/\w+/kernel/(lora_a|left)$", (-2,)),
+    (r"^layers/\w+/kernel/(lora_b|right)$", (-1,)),
     (r"^(embed/embedding|head/kernel)$", (-1, -2)),
     (r"^(norm|layers/(attention|mlp)_norm)/scale$", ()),
 )

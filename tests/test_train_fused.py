@@ -71,9 +71,9 @@ def is_adapter(path):
     return path[-1].name in ("lora_a", "lora_b") if hasattr(path[-1], "name") else False
 
 
-@pytest.mark.parametrize("only", [False, True])
-def test_adapters_train_with_the_base_and_alone(only):
-    adapters = LoraConfig(rank=4, only=only)
+@pytest.mark.parametrize("freeze", ["nothing", "all"])
+def test_adapters_train_with_the_base_and_alone(freeze):
+    adapters, only = LoraConfig(rank=4, freeze=freeze), freeze == "all"
     results = [train("lomo", fused, adapters) for fused in (True, False)]
     (before, ours, found, _), (_, theirs, expected, _) = results
     assert largest_difference(ours.params, theirs.params) < 1e-4
@@ -129,13 +129,13 @@ def test_predicted_memory_of_a_fused_step():
 def test_frozen_weights_have_no_gradients_in_the_prediction(fused):
     batch = batch_shapes(2, 16)
     options = resolve(Config(optimizer=OptimizerConfig(name="lomo"))).optimizer
-    optimizer = make(options, 20, fused, LoraConfig(rank=4, only=True))
+    optimizer = make(options, 20, fused, LoraConfig(rank=4, freeze="all"))
     layerwise = step.make_fused(MODEL, optimizer) if fused else None
     state = jax.eval_shape(
         lambda key: step.init_state(MODEL, optimizer, key, fused=layerwise), jax.random.key(0)
     )
     loss, parts = step.make_loss(MODEL, optimizer), llama.pieces(MODEL) if fused else None
-    found = memory.predict(state, batch, loss, parts, False, True)
+    found = memory.predict(state, batch, loss, parts, False, "all")
     # (32 -> 32 four times, 32 -> 48 twice and back, each through 4, in two layers.)
     adapters = 4 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
     assert found.gradients == (adapters if fused else 2 * adapters)

@@ -45,7 +45,7 @@ CASES = {
     "adamw int8": ["--optimizer.name", "adamw", "--optimizer.eps", "1e-3", INT8],
     "lora fused int8": ["--optimizer.name", "lomo", "--lora.rank", "4", FUSED, INT8],
     "lora only": [
-        *["--lora.rank", "4", "--lora.only", "--optimizer.eps", "1e-3"],
+        *["--lora.rank", "4", "--lora.freeze", "all", "--optimizer.eps", "1e-3"],
         *["--model.tie_embeddings", "--model.remat"],
     ],
 }

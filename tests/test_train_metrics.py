@@ -35,7 +35,7 @@ def test_model_flops_are_those_of_the_products():
     assert flops.per_token(tied, 8) == flops.per_token(untied, 8)
     # Frozen weights have no gradient of their own, but hand on that of their inputs.
     attention = 12 * c.num_layers * d * length
-    ratio = (flops.per_token(c, length, adapters_only=True) - attention) * 3
+    ratio = (flops.per_token(c, length, frozen="all") - attention) * 3
     assert ratio == 2 * (flops.per_token(c, length) - attention)
 
 

@@ -136,7 +136,7 @@ def test_the_key_changes_with_the_contents(model, tmp_path):
     assert key(str(copy)) != key(str(model))
 
 
-ADAPTERS = ["--lora.rank", "2", "--lora.only", "--train.steps", "4"]
+ADAPTERS = ["--lora.rank", "2", "--lora.freeze", "all", "--train.steps", "4"]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,11 @@
 """The checks on a configuration, before anything is allocated."""
 
+import dataclasses
+
 from train.config import (
+    ADAMW,
     MOMENTA,
+    PROJECTED,
     SUBSPACE,
     Config,
     DataConfig,
@@ -21,6 +25,8 @@ _WHOLE_NUMBERS = {
     "optimizer.rank": 1,
     "optimizer.every": 1,
     "lora.rank": 0,
+    "lora.merge_every": 0,
+    "lora.rewarm_steps": 1,
     "data.vocab_size": LEAST_PIECES,
     "data.split_seed": 0,
     "train.steps": 1,
@@ -39,7 +45,9 @@ _WHOLE_NUMBERS = {
     "log.print_every": 1,
 }
 
-_OPTIONAL = ("train.micro_batch_size", "mesh.data", "mesh.fsdp")
+_OPTIONAL = ("lora.rewarm_steps", "train.micro_batch_size", "mesh.data", "mesh.fsdp")
+
+NO_ADAPTERS = "--lora.factorize has factors in place of kernels, and no adapters"
 
 # key: lowest, highest, whether the lowest itself is allowed.
 _RANGES = {
@@ -86,13 +94,18 @@ def validate(config: Config) -> None:
             "--optimizer.name adalomo: takes each layer's matrices one by one, which only the "
             "fused backward pass does here; add --train.fused_backward"
         )
-    if config.log.hamiltonian and (config.optimizer.name not in MOMENTA or config.lora.rank):
+    if config.log.hamiltonian and (config.optimizer.name not in MOMENTA or config.lora.adapts):
         what = (
             "adapters have a learning rate of their own"
-            if config.lora.rank
+            if config.lora.adapts
             else (f"{config.optimizer.name} has no momentum, and so no kinetic energy")
         )
         raise UsageError(f"--log.hamiltonian: {what}; leave it out")
+    if config.log.hamiltonian and config.optimizer.name in ADAMW and config.optimizer.scale != 1:
+        raise UsageError(
+            f"--log.hamiltonian: with --optimizer.scale {config.optimizer.scale:g} the kernels of "
+            f"{config.optimizer.name} have a rate of their own; leave one of them out"
+        )
     if config.log.hamiltonian and config.train.eval_every >= config.train.steps:
         raise UsageError(
             f"--log.hamiltonian: is measured at evaluations on a part of the held-out split, of "
@@ -108,8 +121,7 @@ def validate(config: Config) -> None:
     _validate_micro_batches(config)
     if config.topology is not None and not config.compile_only:
         raise UsageError(f"--topology {config.topology}: is compiled for alone; add --compile_only")
-    if config.lora.only and not config.lora.rank:
-        raise UsageError("--lora.only: there are no adapters to train; give --lora.rank, e.g. 8")
+    _validate_adapters(config)
     if config.data.segments and config.data.layout != "packed":
         raise UsageError(
             "--data.segments: with --data.layout documents each sequence is one document; leave it "
@@ -155,6 +167,57 @@ def _validate_source(config: Config) -> None:
         )
 
 
+def _validate_adapters(config: Config) -> None:
+    adapters, optimizer = config.lora, config.optimizer.name
+    read = ("rank", "factorize") if adapters.factorize else ("rank",)
+    for field in dataclasses.fields(adapters):
+        value = getattr(adapters, field.name)
+        if adapters.adapts or field.name in read or value == field.default:
+            continue
+        if adapters.factorize and adapters.rank:
+            raise UsageError(f"--lora.{field.name} {value}: {NO_ADAPTERS}; leave it out")
+        raise UsageError(f"--lora.{field.name}: there are no adapters; give --lora.rank, e.g. 8")
+    if adapters.factorize:
+        if not adapters.rank:
+            raise UsageError("--lora.factorize: the factors need a rank; give --lora.rank, e.g. 8")
+        most = min(min(shape) for shape in config.model.kernel_shapes())
+        if adapters.rank > most:
+            raise UsageError(
+                f"--lora.rank {adapters.rank}: the shortest side of the kernels is {most}, and "
+                f"their factors have no higher rank; give at most {most}"
+            )
+        if config.train.int8_weights:
+            raise UsageError(
+                "--train.int8_weights: is for the kernels, in whose place --lora.factorize has "
+                "factors; leave one of the two out"
+            )
+    projects = optimizer in (*PROJECTED, "contrib_galore")
+    if projects and (adapters.factorize or adapters.freeze == "kernels"):
+        key = "--lora.factorize" if adapters.factorize else "--lora.freeze kernels"
+        raise UsageError(
+            f"--optimizer.name {optimizer}: projects the gradients of kernels, and with {key} "
+            "there are none; give another optimizer, e.g. --optimizer.name adamw"
+        )
+    _validate_restarts(config)
+
+
+def _validate_restarts(config: Config) -> None:
+    every, rewarm = config.lora.merge_every, config.lora.rewarm_steps
+    if rewarm is not None and not every:
+        raise UsageError(
+            f"--lora.rewarm_steps {rewarm}: the adapters never begin anew; give --lora.merge_every"
+        )
+    if every >= config.train.steps:
+        raise UsageError(
+            f"--lora.merge_every {every}: no step follows in a run of {config.train.steps}; give "
+            "fewer"
+        )
+    if rewarm is not None and rewarm > every:
+        raise UsageError(
+            f"--lora.rewarm_steps {rewarm}: the next merge comes after {every}; give at most that"
+        )
+
+
 def _validate_micro_batches(config: Config) -> None:
     size, rows = config.train.micro_batch_size, config.train.batch_size
     if size is None:
@@ -170,8 +233,8 @@ def _validate_micro_batches(config: Config) -> None:
     if size == rows or not getattr(config.train, one_pass):
         return
     # What is added up in such a pass is what the optimizer keeps of a gradient.
-    if config.optimizer.name not in SUBSPACE or config.lora.rank:
-        what = "adapters" if config.lora.rank else config.optimizer.name
+    if config.optimizer.name not in SUBSPACE or config.lora.adapts:
+        what = "adapters" if config.lora.adapts else config.optimizer.name
         raise UsageError(
             f"{key}: {what} would need the whole gradient tree, which --train.{one_pass} never "
             f"has; leave one of the two out, or train without adapters by one of "

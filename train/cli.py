@@ -19,7 +19,7 @@ import tyro
 
 from models.config import PRESETS
 from train import weights
-from train.checks import unread_data_keys, validate
+from train.checks import NO_ADAPTERS, unread_data_keys, validate
 from train.config import (
     READ_BY,
     Config,
@@ -125,11 +125,15 @@ def parse(arguments: Sequence[str]) -> Command:
                 f"--{key}: the projector of {config.optimizer.name} follows every gradient; leave "
                 "it out, or choose --optimizer.projector svd"
             )
-        if group == "lora" and field != "rank" and not config.lora.rank and not config.lora.only:
+        if group == "lora" and field != "rank" and not config.lora.rank:
             raise UsageError(f"--{key}: there are no adapters; give --lora.rank, e.g. 8")
-        if group == "optimizer" and config.lora.only and (field == "name" or field in _OF_BASE):
+        if group == "lora" and config.lora.factorize and field not in ("rank", "factorize"):
+            raise UsageError(f"--{key}: {NO_ADAPTERS}; leave it out")
+        alone = config.lora.freeze == "all"
+        if group == "optimizer" and alone and (field == "name" or field in _OF_BASE):
             raise UsageError(
-                f"--{key}: with --lora.only the adapters alone are trained, by AdamW; leave it out"
+                f"--{key}: with --lora.freeze all the adapters alone are trained, by AdamW; leave "
+                "it out"
             )
     for field, why in unread_data_keys(config.data).items():
         if f"data.{field}" in given:

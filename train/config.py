@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal, get_args
 
-from models.config import LlamaConfig
+from models.config import Frozen, LlamaConfig
 
 Side = Literal["shorter", "longer", "left", "right", "both", "auto"]
 Code = Literal["dynamic", "linear", "float8_e4m3fn", "float8_e5m2", "dynamic4", "linear4"]
@@ -63,7 +63,8 @@ class OptimizerConfig:
     next"""
     scale: float | None = None
     """In a subspace: factor on the lifted update (apollo: on all of it); learning_rate x scale is
-    the effective rate. None is the published one: 0.25, apollo 1, apollo_mini the root of 128"""
+    the effective rate. None is the published one: 0.25, apollo 1, apollo_mini the root of 128.
+    adamw: factor on the updates of the same kernels, None is 1"""
     side: Side = "shorter"
     """In a subspace: side of each matrix that is projected"""
     projector_dtype: Storage = "float32"
@@ -105,7 +106,7 @@ EIGHT_BIT = ("galore_adamw8bit", "online_subspace_adamw8bit", "adamw8bit")
 # Fields that some optimizers alone read: giving them to another one is refused.
 READ_BY = {
     "rank": (*SUBSPACE, "apollo", "fira", "contrib_galore"),
-    "scale": (*PROJECTED, "contrib_galore"),
+    "scale": (*PROJECTED, "contrib_galore", *ADAMW),
     **dict.fromkeys(("side", "projector_dtype", "projector", "moments"), PROJECTED),
     "every": (*PROJECTED, "contrib_galore"),
     "code": EIGHT_BIT,
@@ -131,23 +132,40 @@ def follows_every_gradient(config: OptimizerConfig) -> bool:
     return config.name in SUBSPACE and config.name not in GALORE
 
 
-DEFAULT_SCALE = {"apollo": 1.0, "apollo_mini": 128**0.5}  # else 0.25
+DEFAULT_SCALE = {**dict.fromkeys((*ADAMW, "apollo"), 1.0), "apollo_mini": 128**0.5}  # else 0.25
 DEFAULT_B1 = {"muon": 0.95}  # else 0.9
 DEFAULT_B2 = {"lion": 0.99}  # else 0.999
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on the kernels of the layers, trained by AdamW."""
+    """Low-rank adapters on the kernels of the layers, trained by AdamW, or factors in their
+    place."""
 
     rank: int = 0
-    """Dimension of the adapters; 0 is none"""
+    """Dimension of the adapters or factors; 0 is none"""
     alpha: float = 16.0
     """Their product is scaled by alpha / rank"""
     learning_rate: float = 0.001
     """Peak of their own schedule"""
-    only: bool = False
-    """Train the adapters alone; otherwise all other weights too, by the optimizer"""
+    freeze: Frozen = "nothing"
+    """What is not trained: nothing, the kernels that have adapters (as in pre-training by LoRA and
+    ReLoRA: embedding, norms and head are trained by the optimizer), or all but the adapters"""
+    merge_every: int = 0
+    """ReLoRA: after so many steps the kernels take up the adapters' products and the adapters begin
+    anew, with moments of zero; 0 is never"""
+    rewarm_steps: int | None = None
+    """ReLoRA: steps after each of these in which all learning rates rise again, linearly, to the
+    cosine; None is a tenth of merge_every"""
+    factorize: bool = False
+    """Each kernel is the product of two factors of this rank, without a part of full rank and
+    without adapters; the optimizer trains them. They begin as the best approximation of that rank
+    to the kernel that would be there"""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether there are adapters."""
+        return self.rank > 0 and not self.factorize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +333,12 @@ def resolve(config: Config) -> Config:
         "b2": DEFAULT_B2.get(name, 0.999),
     }
     missing = {k: v for k, v in own.items() if getattr(config.optimizer, k) is None}
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **missing))
+    optimizer = dataclasses.replace(config.optimizer, **missing)
+    adapters = config.lora
+    if adapters.merge_every and adapters.rewarm_steps is None:
+        rewarm = max(1, adapters.merge_every // 10)
+        adapters = dataclasses.replace(adapters, rewarm_steps=rewarm)
+    return dataclasses.replace(config, optimizer=optimizer, lora=adapters)
 
 
 def get(config: Config, key: str):

@@ -1,7 +1,7 @@
 """Writes the model of a run as a Hugging Face folder: python -m train.export RUN OUT [--step N].
 
-Adapters are merged into their kernels, int8 weights dequantised; the tokenizer's file goes beside.
-`transformers`, and `--model OUT` here, read the folder.
+Adapters are merged into their kernels, factors multiplied out, int8 weights dequantised; the
+tokenizer's file goes beside. `transformers`, and `--model OUT` here, read the folder.
 """
 
 import dataclasses

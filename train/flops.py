@@ -2,7 +2,7 @@
 
 import re
 
-from models.config import LlamaConfig
+from models.config import Frozen, LlamaConfig
 
 # Dense bfloat16 FLOP/s of what JAX calls one device, by the makers' data sheets; the first pattern
 # found in the device's kind counts. A TPU v2 or v3 chip is two devices.
@@ -30,20 +30,29 @@ _PEAKS = (
 )
 
 
-def per_token(model: LlamaConfig, sequence_length: int, adapters_only: bool = False) -> int:
+def per_token(
+    model: LlamaConfig, sequence_length: int, frozen: Frozen = "nothing", kernel_rank: int = 0
+) -> int:
     """Model FLOPs of a token in training: forward and backward, nothing that is recomputed.
 
     A weight W takes part in 2 FLOPs forward and 4 backward, each position of a context of S in
     12 d per layer: 6 N + 12 L d S, causal attention counted in full (Chowdhery et al. 2022, PaLM,
     arXiv 2204.02311, appendix B). N leaves out the embedding, which is looked up; tied, it is the
-    head and counts. With `adapters_only` the other weights have no gradient: 4 N.
+    head and counts. Weights that are `frozen` have no gradient, and take 4 of the 6; adapters,
+    which are small beside them, are not counted. Kernels that are products of factors of
+    `kernel_rank` have the weights of these.
 
     >>> model = LlamaConfig(hidden_size=8, intermediate_size=16, num_heads=2, num_layers=3)
     >>> per_token(model, 5) - 6 * (model.num_params() - model.vocab_size * 8) == 12 * 3 * 8 * 5
     True
     """
     looked_up = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
-    weights = (4 if adapters_only else 6) * (model.num_params() - looked_up)
+    shapes = model.kernel_shapes()
+    kernels = model.num_layers * sum(m * n for m, n in shapes)
+    rest = model.num_params() - kernels - looked_up
+    if kernel_rank:
+        kernels = model.num_layers * sum((m + n) * kernel_rank for m, n in shapes)
+    weights = (6 if frozen == "nothing" else 4) * kernels + (4 if frozen == "all" else 6) * rest
     return weights + 12 * model.num_layers * model.hidden_size * sequence_length
 
 

@@ -18,6 +18,7 @@ from train import (
     mesh,
     placement,
     processes,
+    relora,
     report,
     rundir,
     source,
@@ -75,9 +76,12 @@ def run(command: Command) -> None:
     initial = jax.jit(begin, donate_argnums=1, out_shardings=shardings)
 
     adapters = sum(leaf.size for leaf in lora.adapters(shapes.params))
+    more = f" and {adapters:,} of adapters" if adapters else ""
+    if config.lora.factorize:
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        more = f", {count:,} of them with kernels of rank {config.lora.rank}"
     screen.say(
-        f"Model {command.model}: {config.model.num_params():,} parameters"
-        f"{f' and {adapters:,} of adapters' if adapters else ''}. Experiment "
+        f"Model {command.model}: {config.model.num_params():,} parameters{more}. Experiment "
         f"{command.experiment} with {config.optimizer.name} on {grid}.\n{data.name}.\n"
     )
     report.print_projection(screen, optimizer, jax.eval_shape(dequantize, shapes.params))
@@ -88,10 +92,13 @@ def run(command: Command) -> None:
     steps = source.jitted_steps(config, optimizer, fused, work, shardings)
     compiled = [step.lower(shapes, batch).compile() for step in steps]
     train_step = source.SourceSteps(*compiled) if len(compiled) > 1 else compiled[0]
+    if config.lora.merge_every:
+        merge = relora.jitted_merge(config, shardings).lower(shapes).compile()
+        train_step = relora.MergingSteps(train_step, merge, config.lora.merge_every)
     loss_fn = make_loss(config.model, optimizer)
     parts = pieces(config.model) if is_fused else None
-    remat, only = config.model.remat, config.lora.only
-    predicted = memory.predict(shapes, batch, loss_fn, parts, remat, only, work)
+    remat, frozen = config.model.remat, config.lora.freeze
+    predicted = memory.predict(shapes, batch, loss_fn, parts, remat, frozen, work)
     measured = memory.measure(train_step, shapes)
     report.print_memory(screen, predicted, measured, is_fused)
 

@@ -299,7 +299,7 @@ class Trainer:
             if saved
             else "no checkpoint had been saved yet"
         )
-        key = "lora" if self.config.lora.only else "optimizer"
+        key = "lora" if self.config.lora.freeze == "all" else "optimizer"
         rate = getattr(self.config, key).learning_rate
         return one_line(
             f"{what} at step {step}; {kept}; begin a new run with a lower "

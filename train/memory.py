@@ -1,5 +1,6 @@
 """Memory of a training step by part: predicted from shapes, and as the compiler lays it out."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,10 +10,11 @@ import optax
 from jax.extend.core import Var
 
 from models import lora
+from models.config import Frozen
 from models.llama import Pieces
 from optax_subspace import dequantize
 from train.mesh import Mesh, Work, local_bytes
-from train.step import ALONE, State, block_input, run_block
+from train.step import ALONE, State, block_input, run_block, without_adapters
 
 # With a schedule, as the trainer runs it.
 _ADAMW = optax.adamw(lambda step: 1e-3)
@@ -27,7 +29,7 @@ class Predicted(NamedTuple):
     gradients: int
     activations: int  # kept for the backward pass; a block that is recomputed is not counted
     optimizer_state: int
-    adamw_state: int  # what full-rank AdamW would keep for the same weights
+    adamw_state: int  # what full-rank AdamW would keep for the model with plain kernels
     batch: int  # the tokens of one step and the step counter
 
     @property
@@ -73,23 +75,24 @@ def predict(
     loss_fn: Callable[[Any, Any], Any],
     parts: Pieces | None = None,
     remat: bool = False,
-    adapters_only: bool = False,
+    frozen: Frozen = "nothing",
     work: Work = ALONE,
 ) -> Predicted:
     """Bytes by part on one device; `state` and `batch` may be shapes only, with their shardings.
 
     `loss_fn` is the function of parameters and a batch that the step differentiates. A fused
     backward pass takes the model by its `parts`, and keeps of its layers their inputs alone with
-    `remat`. If the adapters alone are trained, nothing else has a gradient.
+    `remat`. What is frozen has no gradient.
     """
     arrays = jax.eval_shape(dequantize, state.params)
-    own = arrays if work.mesh is None else _own_part(arrays, work.mesh)
+    plain = jax.eval_shape(without_adapters, arrays)
+    own, plain = (x if work.mesh is None else _own_part(x, work.mesh) for x in (arrays, plain))
     whole_batch, batch = batch, _at_a_time(batch, work)
-    trained = lora.adapters if adapters_only else lambda tree: tree
+    trained = functools.partial(lora.trained, frozen=frozen)
     if parts is None:
         gradients, activations = tree_bytes(trained(own)), _saved_bytes(loss_fn, arrays, batch)
         if work.micro_batch_size and work.micro_batch_size < whole_batch.inputs.shape[0]:
-            gradients += sum(4 * math.prod(x.shape) for x in jax.tree.leaves(own))
+            gradients += sum(4 * math.prod(x.shape) for x in trained(own))
     else:
         layers = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p["layers"]), arrays)
         rest = {name: part for name, part in arrays.items() if name != "layers"}
@@ -107,7 +110,7 @@ def predict(
         gradients=gradients,
         activations=activations,
         optimizer_state=local_bytes(state.opt_state),
-        adamw_state=tree_bytes(jax.eval_shape(_ADAMW.init, own)),
+        adamw_state=tree_bytes(jax.eval_shape(_ADAMW.init, plain)),
         batch=local_bytes((whole_batch, state.step)),
     )
 

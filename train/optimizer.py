@@ -1,5 +1,6 @@
 """From the configuration to an optax transformation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from optax_subspace import (
     online_pca,
     online_subspace_adamw8bit,
     online_subspace_descent,
+    plan,
     random_projection,
     scale_by_hamiltonian_descent,
     subspace_iteration,
@@ -83,6 +85,8 @@ def make(
     schedule = warmup_cosine(
         config.learning_rate, steps, config.warmup_fraction, config.final_fraction
     )
+    # As in ReLoRA's own code, the rates of all that is trained fall and rise together.
+    schedule = jagged(schedule, adapters)
     projects = config.name in PROJECTED
     if projects:
         settings: dict[str, Any] = {
@@ -123,9 +127,11 @@ def make(
             )
         case "adamw":
             inner = optax.adamw(schedule, **adam, weight_decay=config.weight_decay)
+            inner = _kernels_scaled(inner, config.scale)
             kinetic = adam_kinetic(**adam)
         case "adamw8bit":
             inner = adamw8bit(schedule, **adam, weight_decay=config.weight_decay, storage=storage)
+            inner = _kernels_scaled(inner, config.scale)
         case "lomo":
             inner = lomo(schedule, weight_decay=config.weight_decay)
         case "adalomo":
@@ -138,22 +144,39 @@ def make(
             inner = fira(schedule, config.rank, **adam, **settings)
         case _:
             inner = baselines.make(config, schedule, fused)
-    if adapters.rank:
-        rate = warmup_cosine(
-            adapters.learning_rate, steps, config.warmup_fraction, config.final_fraction
+    if adapters.adapts:
+        rate = jagged(
+            warmup_cosine(
+                adapters.learning_rate, steps, config.warmup_fraction, config.final_fraction
+            ),
+            adapters,
         )
         parts = {
-            "base": optax.set_to_zero() if adapters.only else inner,
+            "base": optax.set_to_zero() if adapters.freeze == "all" else inner,
             "adapter": optax.adamw(rate, **betas, weight_decay=config.weight_decay),
+            "frozen": optax.set_to_zero(),
         }
-        inner = optax.multi_transform(parts, lora.labels)
-        if adapters.only:
+        labels = functools.partial(lora.labels, frozen=adapters.freeze)
+        inner = optax.multi_transform(parts, labels)
+        if adapters.freeze == "all":
             schedule, projects = rate, False
-    scale = config.scale if config.name in READ_BY["scale"] and not adapters.only else 1.0
+    scale = config.scale if config.name in READ_BY["scale"] and adapters.freeze != "all" else 1.0
     if fused or config.clip_norm is None:
         return Optimizer(inner, schedule, scale, projects, config.clip_norm, adapters, kinetic)
     tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
     return Optimizer(tx, schedule, scale, projects, None, adapters, kinetic)
+
+
+def _kernels_scaled(tx: optax.GradientTransformation, scale: float) -> optax.GradientTransformation:
+    """`tx` with the updates of the layers' kernels scaled, as a subspace would."""
+    if scale == 1:
+        return tx
+
+    def kernels(params: Any) -> Any:
+        plans = iter(plan(params, subspace_rules(), rank=1))
+        return jax.tree.map(lambda _: next(plans).projected, params)
+
+    return optax.chain(tx, optax.masked(optax.scale(scale), kernels))
 
 
 def _projector(config: OptimizerConfig) -> Projector:
@@ -209,6 +232,30 @@ def warmup_cosine(
         return peak * jnp.where(t < warmup, rising, cosine)
 
     return schedule
+
+
+def jagged(schedule: Schedule, adapters: LoraConfig) -> Schedule:
+    """The schedule with a linear rise to it after each time that the adapters begin anew.
+
+    Step 0 of W after it has 1 / W of the schedule's rate, step W - 1 all of it.
+
+    Source: Lialin et al. 2023 (arXiv 2307.05695), section 3, the jagged schedule.
+
+    >>> rate = jagged(lambda step: 1.0, LoraConfig(8, merge_every=5, rewarm_steps=2))
+    >>> [float(rate(step)) for step in (0, 4, 5, 6, 9, 10, 11)]
+    [1.0, 1.0, 0.5, 1.0, 1.0, 0.5, 1.0]
+    """
+    every, rewarm = adapters.merge_every, adapters.rewarm_steps
+    if not every:
+        return schedule
+    assert rewarm is not None, "train.config.resolve fills it in"
+
+    def with_restarts(step: jax.typing.ArrayLike) -> jax.Array:
+        t = jnp.asarray(step, jnp.int32)
+        rising = jnp.minimum((t % every + 1).astype(jnp.float32) / rewarm, 1.0)
+        return schedule(step) * jnp.where(t < every, 1.0, rising)
+
+    return with_restarts
 
 
 def skipped_gradients(opt_state: Any) -> int:

@@ -28,8 +28,14 @@ from train.screen import Screen
 def print_projection(screen: Screen, optimizer: Optimizer, params: Any) -> None:
     """The table of parameters: path, shape, side and rank."""
     if not optimizer.projects:
-        alone = optimizer.adapters.only
-        rest = "the adapters alone are trained" if alone else "the optimizer works at full rank"
+        trained = {
+            "nothing": "the optimizer works at full rank",
+            "kernels": "adapters are trained, and all else but the kernels that have them",
+            "all": "the adapters alone are trained",
+        }
+        rest = trained[optimizer.adapters.freeze]
+        if optimizer.adapters.factorize:
+            rest = "the optimizer trains the factors of the kernels, and all else"
         screen.say(f"Nothing is projected: {rest}.")
         return
     screen.say("What is projected:")

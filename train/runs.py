@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from models import llama, lora
+from models import llama
 from models.config import LlamaConfig
 from optax_subspace import dequantize
 from train import cache, weights
+from train.config import LoraConfig
 from train.errors import UsageError, one_line
-from train.step import kernels_in_int8
+from train.step import kernels_in_int8, with_adapters, without_adapters
 from train.tokenizer import BYTES, Tokenizer, open_tokenizer
 
 
@@ -21,7 +22,7 @@ class Loaded(NamedTuple):
 
     name: str
     config: LlamaConfig
-    params: Any  # plain arrays: adapters merged, int8 weights dequantised
+    params: Any  # plain arrays: adapters merged, factors multiplied, int8 weights dequantised
     tokenizer: Tokenizer
     context: int  # the longest sequence that it was made for, in tokens
     start: tuple[int, ...]  # what stands before a text
@@ -114,8 +115,10 @@ def _params(config: dict[str, Any]) -> Any:
     """Parameters of the shapes of a run with this flat configuration."""
     key = jax.random.key(0)
     params = llama.init_params(model_of(config), key)
-    if config["lora.rank"]:
-        params = lora.add(params, config["lora.rank"], config["lora.alpha"], key)
+    # (Runs from before there were factors say nothing of them.)
+    factorize = config.get("lora.factorize", False)
+    adapters = LoraConfig(config["lora.rank"], config["lora.alpha"], factorize=factorize)
+    params = with_adapters(params, adapters, key)
     return kernels_in_int8(params) if config["train.int8_weights"] else params
 
 
@@ -137,7 +140,7 @@ def model_of(config: dict[str, Any]) -> LlamaConfig:
 def _of_run(run: Path, step: int | None) -> Loaded:
     number, meta, params = read_checkpoint(run, step)
     config = meta["config"]
-    params = jax.jit(lambda params: lora.merge(dequantize(params)))(params)
+    params = jax.jit(lambda params: without_adapters(dequantize(params)))(params)
     name = f"{run.name or run.resolve().name}, step {number}"
     tokenizer = _tokenizer(run)
     # Packed documents follow the end of others, rows of one document nothing.

@@ -1,5 +1,6 @@
 """One training step, one evaluation step, and the state between steps."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models import llama, lora
+from models import factored, llama, lora
 from models.config import LlamaConfig
 from optax_subspace import (
     FusedStep,
@@ -21,6 +22,7 @@ from optax_subspace import (
     subspace_metrics,
 )
 from train.batches import Batch
+from train.config import LoraConfig
 from train.mesh import Mesh, Work, over_rows
 from train.optimizer import Optimizer
 
@@ -67,13 +69,25 @@ def init_state(
     `shards` parts of an axis.
     """
     params = llama.init_params(model, key) if params is None else params
-    if optimizer.adapters.rank:
-        of_adapters = jax.random.fold_in(key, 1)
-        params = lora.add(params, optimizer.adapters.rank, optimizer.adapters.alpha, of_adapters)
+    params = with_adapters(params, optimizer.adapters, key)
     opt_state = (fused or optimizer.tx).init(params)
     if int8_weights:
         params = kernels_in_int8(params, shards)
     return State(jnp.zeros([], jnp.int32), params, opt_state)
+
+
+def with_adapters(params: Any, config: LoraConfig, key: jax.Array) -> Any:
+    """A model's parameters with the adapters of a configuration, or factors in their place."""
+    if config.factorize:
+        return factored.factorize(params, config.rank)
+    if config.rank:
+        return lora.add(params, config.rank, config.alpha, jax.random.fold_in(key, 1))
+    return params
+
+
+def without_adapters(params: Any) -> Any:
+    """The model that these parameters are, with plain kernels."""
+    return factored.merge(lora.merge(params))
 
 
 def kernels_in_int8(params: Any, shards: int = 1) -> Any:
@@ -183,14 +197,22 @@ def make_gradient(
         parts = micro_batches(batch, size)
         count = parts.weight.shape[0]
 
-        def add(total: Any, part: Weighted) -> tuple[Any, None]:
-            found = jax.value_and_grad(weighted)(params, part)
-            return jax.tree.map(lambda t, x: t + x.astype(t.dtype) / count, total, found), None
+        # What is frozen has no sum, but a zero in its place.
+        labels = lora.labels(params, optimizer.adapters.freeze)
+        is_frozen = jax.tree.map(lambda label: label == "frozen", labels)
 
-        wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-        start = (jnp.float32(0), jax.tree.map(wide, params))
+        def add(carry: Any, part: Weighted) -> tuple[Any, None]:
+            loss, found = jax.value_and_grad(weighted)(params, part)
+            plus = lambda t, x, frozen: t if frozen else t + x.astype(t.dtype) / count
+            return (carry[0] + loss / count, jax.tree.map(plus, carry[1], found, is_frozen)), None
+
+        def wide(x: jax.Array, frozen: bool) -> jax.Array:
+            return jnp.zeros(() if frozen else x.shape, jnp.promote_types(x.dtype, jnp.float32))
+
+        start = (jnp.float32(0), jax.tree.map(wide, params, is_frozen))
         (loss, total), _ = jax.lax.scan(add, start, parts)
-        return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), total, params)
+        whole = lambda g, p: jnp.broadcast_to(g, p.shape).astype(p.dtype)
+        return loss, jax.tree.map(whole, total, params)
 
     return lambda params, batch: (in_parts if _is_divided(batch, size) else gradient)(params, batch)
 
@@ -216,7 +238,7 @@ def micro_batches(batch: Batch, size: int | None) -> Weighted:
 
 def _trained(optimizer: Optimizer) -> Callable[[Any], Any]:
     """What stops the gradients of weights that are not trained."""
-    return lora.freeze if optimizer.adapters.only else lambda params: params
+    return functools.partial(lora.freeze, frozen=optimizer.adapters.freeze)
 
 
 def make_train_step(

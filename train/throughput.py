@@ -17,7 +17,8 @@ def row(step: int, first: int, clock: Clock, config: Config) -> Row:
     is their share of the devices' bfloat16 peak, None where that is not known.
     """
     devices, speed = jax.devices(), clock.speed()
-    cost = flops.per_token(config.model, config.train.sequence_length, config.lora.only)
+    rank = config.lora.rank if config.lora.factorize else 0
+    cost = flops.per_token(config.model, config.train.sequence_length, config.lora.freeze, rank)
     best = flops.peak(devices[0].device_kind)
     return {
         "kind": "speed",
