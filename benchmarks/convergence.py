@@ -199,36 +199,36 @@ class Runner:
         self.held_out = batches.held_out(self.data, train.sequence_length)
         self.evaluate = make_eval_step(self.config.model)
         self.step = jax.jit(self._step, donate_argnums=0)
-        self.merge = jitted_merge(self.config)
 
-    def _parts(self, rate: Any) -> tuple[Any, Any]:
-        """The optimizer, whose rate may be traced, and the fused step."""
+    def _parts(self, rate: Any, seed: Any) -> tuple[Any, Any, Any]:
+        """The optimizer, the fused step and the seed of rounding; both may be traced."""
         config = self.config
         optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
         adapters = dataclasses.replace(config.lora, learning_rate=rate)
         found = make(optimizer, config.train.steps, config.train.fused_backward, adapters)
-        seed = config.train.seed if config.train.stochastic_rounding else None
+        seed = seed if config.train.stochastic_rounding else None
         fused = make_fused(config.model, found, seed) if config.train.fused_backward else None
-        return found, fused
+        return found, fused, seed
 
-    def _step(self, state: Any, batch: Any, rate: Any) -> tuple[Any, Any]:
-        optimizer, fused = self._parts(rate)
-        seed = self.config.train.seed if self.config.train.stochastic_rounding else None
+    def _step(self, state: Any, batch: Any, rate: Any, seed: Any) -> tuple[Any, Any]:
+        optimizer, fused, seed = self._parts(rate, seed)
         return make_train_step(self.config.model, optimizer, seed, fused)(state, batch)
 
     def __call__(self, rate: float, seed: int) -> dict[str, Any]:
         """The losses of a run, in nats a token; None from where they are no numbers."""
         train = self.config.train
-        optimizer, fused = self._parts(rate)
+        optimizer, fused, _ = self._parts(rate, seed)
         key, int8 = jax.random.key(seed), train.int8_weights
         state = jax.jit(lambda key: init_state(self.config.model, optimizer, key, int8, fused))(key)
         stream = batches.training(self.data, train.batch_size, train.sequence_length, seed)
         losses, curve, every = [], [], max(1, train.steps // 10)
-        step_fn = functools.partial(self.step, rate=rate)
-        if self.config.lora.merge_every:
-            step_fn = MergingSteps(step_fn, self.merge, self.config.lora.merge_every)
+        advance: Any = functools.partial(self.step, rate=rate, seed=seed)
+        if merge_every := self.config.lora.merge_every:
+            seeded = dataclasses.replace(train, seed=seed)
+            merge = jitted_merge(dataclasses.replace(self.config, train=seeded))
+            advance = MergingSteps(advance, merge, merge_every)
         for step in range(1, train.steps + 1):
-            state, metrics = step_fn(state, next(stream))
+            state, metrics = advance(state, next(stream))
             losses.append(metrics.loss)
             if step % every == 0 and step < train.steps:
                 if not math.isfinite(float(losses[-1])):
