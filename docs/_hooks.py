@@ -12,7 +12,7 @@ from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File
+from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ("README.md", "CHANGELOG.md", "benchmarks/results/*", "notebooks/*.ipynb")
@@ -27,23 +27,30 @@ _FETCHED = re.compile(
 
 
 def outside():
-    """Paths of the files outside of ``docs/`` that pages may link to."""
-    return sorted(p.relative_to(ROOT).as_posix() for glob in OUTSIDE for p in ROOT.glob(glob))
+    """By their place in the site, the files outside of ``docs/`` that pages may link to."""
+    paths = sorted(p.relative_to(ROOT).as_posix() for glob in OUTSIDE for p in ROOT.glob(glob))
+    return {_place(path): path for path in paths}
+
+
+def _place(path):
+    """Where a file of the repository is in the site. (MkDocs takes a README.md for an index.)"""
+    return "readme.md" if path == "README.md" else path.removeprefix("docs/")
 
 
 def on_files(files, config):
-    for path in outside():
-        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    for place, path in outside().items():
+        # (Those that the navigation does not name are reached by links alone.)
+        level = InclusionLevel.NOT_IN_NAV
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / path), inclusion=level))
     return files
 
 
 def on_page_markdown(text, page, config, files):
     here = page.file.src_uri
-    source = here if here in outside() else f"docs/{here}"
+    source = outside().get(here, f"docs/{here}")
 
     def site_link(match):
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2]))
-        target = target.removeprefix("docs/")
+        target = _place(posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2])))
         if target == match[2]:
             return match[0]
         link = posixpath.relpath(target, posixpath.dirname(here) or ".")

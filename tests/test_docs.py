@@ -17,7 +17,7 @@ import tyro
 from markdown_it import MarkdownIt
 
 import optax_subspace
-from train import cli, command, evaluate, export, report, sample
+from train import cli, command, evaluate, export, sample
 from train.config import Config, flatten
 
 ROOT = Path(__file__).parent.parent
@@ -188,11 +188,12 @@ def check_page(text, page):
 
 @pytest.fixture
 def somewhere(tmp_path, monkeypatch):
-    """A folder with the pretrained model that command lines name."""
-    folder = tmp_path / "SmolLM2-135M"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(PRETRAINED))
-    (folder / "tokenizer.json").write_text("{}")
+    """A folder with the pretrained models that command lines name."""
+    for name in ("SmolLM2-135M", "llama-7b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(PRETRAINED))
+        (folder / "tokenizer.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
 
 
@@ -235,3 +236,16 @@ def test_every_public_name_is_on_one_reference_page():
         for name in re.findall(r"^::: optax_subspace\.(\w+)$", path.read_text(), re.M)
     ]
     assert sorted(found) == optax_subspace.__all__
+
+
+def test_lines_of_the_trainer_that_are_quoted_are_its_own():
+    table = (ROOT / "docs/troubleshooting.md").read_text().split("| line | cause |")[1]
+    quoted = re.findall(r"^\| `([^`]+)` \|", table, re.M)
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "train").glob("*.py")))
+    # What is written in parts, as one.
+    source = re.sub(r'"\n\s*f?"', "", source)
+    assert len(quoted) > 5
+    for line in quoted:
+        parts = [part.strip(" ;:") for part in re.split(r"\.\.\.|KEY|\b[ABMN]\b", line)]
+        unknown = [part for part in parts if part not in source]
+        assert not unknown, f"{line}: the trainer does not say {unknown}"
