@@ -31,6 +31,10 @@ PRETRAINED |= {"intermediate_size": 1536, "num_attention_heads": 9, "num_key_val
 PRETRAINED |= {"num_hidden_layers": 30, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
 
 
+# Of what is indented, or HTML; equations are indented too.
+CODE = re.compile(r"^\s*(```|~~~|>>> |import |from \w|\$ |python |pip |make |<pre|<code)", re.M)
+
+
 class Parsed(Exception):
     """A program has read its command line, and would go on to work."""
 
@@ -40,8 +44,8 @@ def blocks(text):
     for token in MarkdownIt("commonmark").parse(text):
         if token.type == "fence":
             yield token.info.strip(), token.content, token.map[0] + 1
-        elif token.type == "code_block" and re.search(r"^\s*(```|~~~)", token.content, re.M):
-            raise AssertionError(f"line {token.map[0] + 1}: a fence that is indented is not found")
+        elif token.type in ("code_block", "html_block") and CODE.search(token.content):
+            raise AssertionError(f"line {token.map[0] + 1}: code without a fence is not tested")
 
 
 def spans(text):
@@ -207,7 +211,9 @@ def test_the_code_of_a_page_runs(path, somewhere):
     [
         ("```yaml\na: 1\n```", "no test handles blocks of 'yaml'"),
         ("```\nplain\n```", "no test handles blocks of ''"),
-        ("- a\n\n        ```sh\n        make\n        ```", "indented"),
+        ("- a\n\n        ```sh\n        make\n        ```", "without a fence"),
+        ("Run\n\n    python -m train\n", "without a fence"),
+        ("<pre>\nmake train\n</pre>\n", "without a fence"),
         ("```python\nassert 1 > 2\n```", "page:1"),
         ("```python\n>>> 1 + 1\n3\n```", "  Expected:\n      3"),
         ("```sh\nmake nothing\n```", "no target nothing"),
