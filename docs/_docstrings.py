@@ -12,6 +12,7 @@ _BLOCK_MATH = re.compile(r"^( *)\.\. math::\n((?:\1  .*\n?|\n)+)", re.MULTILINE)
 _LINK = re.compile(r"`([^`<]+?)\s+<(https?://[^>]+)>`_")
 _ENTRY = re.compile(r"^( +)((?:\*{0,2}\w+, )+\*{0,2}\w+):", re.MULTILINE)
 _EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
+_RETURNS = re.compile(r"(?<=^Returns:\n)(?: +.*\n?)+", re.MULTILINE)
 
 
 def markdown(text: str) -> str:
@@ -26,6 +27,7 @@ def markdown(text: str) -> str:
     text = _LINK.sub(lambda m: f"[{' '.join(m[1].split())}]({m[2]})", text)
     # (The title that the reader of Google's style takes for one of doctests.)
     text = _EXAMPLE.sub("Examples:", text)
+    text = _RETURNS.sub(_without_type, text)
     return _one_entry_each(text)
 
 
@@ -39,6 +41,12 @@ def _reference(match: re.Match[str]) -> str:
 def _equation(match: re.Match[str]) -> str:
     lines = [line.strip() for line in match[2].strip().splitlines()]
     return "\n".join(match[1] + line for line in ["$$", *lines, "$$", "", ""])
+
+
+def _without_type(match: re.Match[str]) -> str:
+    """Keeps what stands before a colon from being read as the type of what is returned."""
+    parts = match[0].split("`")
+    return "`".join(p if i % 2 else p.replace(": ", "&#58; ") for i, p in enumerate(parts))
 
 
 def _one_entry_each(text: str) -> str:
