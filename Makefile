@@ -1,6 +1,7 @@
 # make train    train a small LLaMA with GaLore on the embedded corpus
-# make test     lint, type check, tests, doctests and notebooks
-# Both set up .venv first; a second call finds it ready. WORKERS processes run the tests. DEVICE=cuda or DEVICE=tpu picks the wheel.
+# make test     lint, type check, documentation, tests, doctests and notebooks
+# make docs     the documentation as a site, in site/
+# Each sets up .venv first; a second call finds it ready. WORKERS processes run the tests. DEVICE=cuda or DEVICE=tpu picks the wheel.
 
 PYTHON ?= python3
 DEVICE ?= cpu
@@ -16,12 +17,12 @@ ifeq ($(filter $(DEVICE),cpu cuda tpu),)
 $(error DEVICE=$(DEVICE) is unknown: use DEVICE=cpu, DEVICE=cuda or DEVICE=tpu)
 endif
 
-.PHONY: train test test-slow lint format clean
+.PHONY: train test test-slow lint docs format clean
 
 train: $(VENV)/train-$(DEVICE).done
 	$(bin)/python -m train $(ARGS)
 
-test: $(VENV)/test-$(DEVICE).done lint
+test: $(VENV)/test-$(DEVICE).done lint docs
 	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/test-$(DEVICE).done
@@ -31,6 +32,9 @@ lint: $(VENV)/test-$(DEVICE).done
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
+
+docs: $(VENV)/test-$(DEVICE).done
+	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict --quiet
 
 format: $(VENV)/test-$(DEVICE).done
 	$(bin)/ruff check --fix .
