@@ -1,11 +1,13 @@
 # make train    train a small LLaMA with GaLore on the embedded corpus
 # make test     lint, type check, tests, doctests and notebooks
-# Both set up .venv first; a second call finds it ready. WORKERS processes run the tests. DEVICE=cuda or DEVICE=tpu picks the wheel.
+# make notebooks   executes the notebooks with their full settings and keeps the outputs (NAMES picks some)
+# All set up .venv first; a second call finds it ready. WORKERS processes run the tests. DEVICE=cuda or DEVICE=tpu picks the wheel.
 
 PYTHON ?= python3
 DEVICE ?= cpu
 VENV ?= .venv
 ARGS ?=
+NAMES ?=
 WORKERS ?= 2
 
 bin := $(VENV)/bin
@@ -16,7 +18,7 @@ ifeq ($(filter $(DEVICE),cpu cuda tpu),)
 $(error DEVICE=$(DEVICE) is unknown: use DEVICE=cpu, DEVICE=cuda or DEVICE=tpu)
 endif
 
-.PHONY: train test test-slow lint format clean
+.PHONY: train test test-slow notebooks lint format clean
 
 train: $(VENV)/train-$(DEVICE).done
 	$(bin)/python -m train $(ARGS)
@@ -26,6 +28,9 @@ test: $(VENV)/test-$(DEVICE).done lint
 
 test-slow: $(VENV)/test-$(DEVICE).done
 	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
+
+notebooks: $(VENV)/test-$(DEVICE).done
+	OPENBLAS_NUM_THREADS=1 $(bin)/python -m notebooks.execute $(NAMES)
 
 lint: $(VENV)/test-$(DEVICE).done
 	$(bin)/ruff check .
