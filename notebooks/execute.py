@@ -32,7 +32,7 @@ def execute(path: Path, settings: str = "full") -> nbformat.NotebookNode:
     environment = os.environ | {"NOTEBOOK_SETTINGS": settings}
     client = NotebookClient(
         notebook,
-        timeout=1800,
+        timeout=900,
         record_timing=False,
         resources={"metadata": {"path": str(HERE.parent)}},
     )
