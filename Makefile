@@ -1,12 +1,14 @@
 # make train    train a small LLaMA with GaLore on the embedded corpus
 # make test     lint, type check, documentation, tests, doctests and notebooks
 # make docs     the documentation as a site, in site/
-# Each sets up .venv first; a second call finds it ready. WORKERS processes run the tests. DEVICE=cuda or DEVICE=tpu picks the wheel.
+# make notebooks   executes the notebooks with their full settings and keeps the outputs (NAMES picks some)
+# All set up .venv first; a second call finds it ready. WORKERS processes run the tests. DEVICE=cuda or DEVICE=tpu picks the wheel.
 
 PYTHON ?= python3
 DEVICE ?= cpu
 VENV ?= .venv
 ARGS ?=
+NAMES ?=
 WORKERS ?= 2
 
 bin := $(VENV)/bin
@@ -17,7 +19,7 @@ ifeq ($(filter $(DEVICE),cpu cuda tpu),)
 $(error DEVICE=$(DEVICE) is unknown: use DEVICE=cpu, DEVICE=cuda or DEVICE=tpu)
 endif
 
-.PHONY: train test test-slow lint docs format clean
+.PHONY: train test test-slow lint docs notebooks format clean
 
 train: $(VENV)/train-$(DEVICE).done
 	$(bin)/python -m train $(ARGS)
@@ -27,6 +29,9 @@ test: $(VENV)/test-$(DEVICE).done lint docs
 
 test-slow: $(VENV)/test-$(DEVICE).done
 	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
+
+notebooks: $(VENV)/test-$(DEVICE).done
+	OPENBLAS_NUM_THREADS=1 $(bin)/python -m notebooks.execute $(NAMES)
 
 lint: $(VENV)/test-$(DEVICE).done
 	$(bin)/ruff check .

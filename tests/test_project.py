@@ -7,11 +7,10 @@ import sys
 import tomllib
 import zipfile
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 import optax_subspace
+from notebooks.execute import execute
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -95,8 +94,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_run(path):
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    notebook = execute(path, "small")
     images = [
         output
         for cell in notebook.cells
