@@ -144,6 +144,7 @@ def test_defaults_are_the_optimizers_own():
         ("--optimizer.name lion --optimizer.scale 0.5", "the optimizer lion doesn't read it"),
         ("--optimizer.projector oja --optimizer.every 5", "follows every gradient; leave it out"),
         ("--optimizer.projector oja --optimizer.moments reset", "forgotten at every step"),
+        ("--optimizer.name fira --optimizer.side both", "scales along the axis"),
         ("--optimizer.name fira --train.project_at_source", "fira projects nothing; leave it out"),
         ("--optimizer.name apollo --log.hamiltonian", "has no momentum"),
         ("--optimizer.name adamw --optimizer.scale 0.5 --log.hamiltonian", "a rate of their own"),

@@ -6,6 +6,7 @@ from train.config import (
     ADAMW,
     MOMENTA,
     PROJECTED,
+    SCALED,
     SUBSPACE,
     Config,
     DataConfig,
@@ -111,6 +112,11 @@ def validate(config: Config) -> None:
             f"--log.hamiltonian: is measured at evaluations on a part of the held-out split, of "
             f"which --train.eval_every {config.train.eval_every} leaves none; give fewer than the "
             f"{config.train.steps} steps of the run"
+        )
+    if config.optimizer.name in SCALED and config.optimizer.side in ("both", "auto"):
+        raise UsageError(
+            f"--optimizer.side {config.optimizer.side}: {config.optimizer.name} scales along the "
+            "axis that is not projected, and there may be none; give shorter, longer, left or right"
         )
     if config.optimizer.moments == "reset" and follows_every_gradient(config.optimizer):
         raise UsageError(

@@ -1,0 +1,112 @@
+"""The study of convergence: what it runs, what it finds again, and that it is the trainer's run."""
+
+import json
+import shlex
+
+import pytest
+
+from benchmarks import convergence
+from benchmarks.convergence import METHODS, OTHERS, Method, Run, Study, words_of
+from tests.train_helpers import TINY, write_text
+from train.cli import main, parse
+from train.records import read
+
+
+class Valley:
+    """Stands in for runs: the loss has its minimum at a rate, and seeds differ."""
+
+    made: list[tuple[str, float, int]] = []
+
+    def __init__(self, words):
+        self.words = words
+
+    def __call__(self, rate, seed):
+        self.made.append((self.words, rate, seed))
+        loss = None if rate > 0.5 else (rate / 0.032 - 1) ** 2 + 0.1 * seed
+        return {"loss": loss, "curve": [], "train": [], "state_bytes": 1, "trained": 1}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setattr(convergence, "Runner", Valley)
+    monkeypatch.setattr(Valley, "made", [])
+    return Study(tmp_path / "results.jsonl", "cpu")
+
+
+def test_rates_are_added_until_the_best_one_is_inside(study):
+    study.sweep("GaLore", Method(METHODS["GaLore"].words, (0.004, 0.008)), 2)
+    assert sorted({rate for _, rate, _ in Valley.made}) == [0.004, 0.008, 0.016, 0.032, 0.064]
+    rate, losses = study.best(METHODS["GaLore"], 2)
+    assert rate == 0.032 and losses == pytest.approx([0, 0.1])
+    study.sweep("Fira", Method(OTHERS["Fira"].words, (0.064, 0.128, 1.0)), 1)
+    assert study.best(OTHERS["Fira"], 1)[0] == 0.032
+    assert study.get(words_of("cpu", OTHERS["Fira"].words), 1.0, 0)["loss"] is None
+
+
+def test_a_study_goes_on_where_it_was_stopped(study):
+    method = Method(METHODS["GaLore"].words, (0.016, 0.032, 0.064))
+    study.sweep("GaLore", method, 1)
+    lines = study.path.read_text().splitlines()
+    Valley.made.clear()
+    again = Study(study.path, "cpu")
+    again.sweep("GaLore", method, 2)
+    assert [(rate, seed) for _, rate, seed in Valley.made] == [(r, 1) for r in method.rates]
+    assert study.path.read_text().splitlines()[: len(lines)] == lines
+
+
+def test_the_tables_tell_what_there_is(study):
+    assert len(convergence.tables(study, 3).splitlines()) == 1
+    for name in ("AdamW, kernels at 0.25", "GaLore", "APOLLO"):
+        study.sweep(name, METHODS[name], 2)
+    convergence.run_all(study, ["rank"], 2)
+    table = convergence.tables(study, 3)
+    row = next(line for line in table.splitlines() if line.startswith("GaLore "))
+    assert "0.032 of 5" in row and "0.0500" in row and "0.0707" in row
+    assert "### rank" in table and "GaLore, rank 32" in table
+    assert "### moments" in table  # those of its entries that are another question's runs
+
+
+def test_all_words_are_the_trainers():
+    for setting, (_, rank) in convergence.SETTINGS.items():
+        for method in convergence.all_methods().values():
+            words = words_of(setting, method.words)
+            command = parse(shlex.split(Run(words, 0.01, 1).arguments))
+            assert command.config.train.seed == 1
+            assert 0.01 in (
+                command.config.optimizer.learning_rate,
+                command.config.lora.learning_rate,
+            )
+            assert len(method.rates) >= 5
+        for entries in convergence.ablations(rank).values():
+            for name, words in entries.values():
+                parse(shlex.split(words_of(setting, METHODS[name].words, words)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--optimizer.name online_subspace_descent --optimizer.rank 4",
+        pytest.param(
+            "--optimizer.name adamw --lora.rank 2 --lora.freeze kernels --lora.merge_every 5",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_is_that_of_the_command_that_it_writes(words, tmp_path, monkeypatch):
+    tiny = dict(zip(TINY[::2], TINY[1::2], strict=True))
+    for key in ("--optimizer.rank", "--optimizer.every", "--checkpoint.every"):
+        del tiny[key]
+    tiny |= {"--train.steps": "12", "--data.path": str(write_text(tmp_path / "text"))}
+    tiny["--data.cache_dir"] = str(tmp_path / "cache")
+    base = " ".join(f"{key} {value}" for key, value in tiny.items())
+    monkeypatch.setitem(convergence.SETTINGS, "cpu", (base, 4))
+    study = Study(tmp_path / "results.jsonl", "cpu")
+    row = study.run("", words_of("cpu", words), 0.02, 3)
+    command = shlex.split(row["command"])
+    assert command[:3] == ["python", "-m", "train"]
+    assert main([*command[3:], "--run_dir", str(tmp_path / "run")]) == 0
+    rows = read(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["validation_loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert json.loads(study.path.read_text()) == row
+    losses = [r["loss"] for r in rows if r["kind"] == "train"]
+    assert row["train"] == [pytest.approx(sum(losses) / 12, abs=1e-4)]
