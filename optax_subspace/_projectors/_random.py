@@ -17,7 +17,7 @@ def random_projection(every: int = 200, orthonormal: bool = True) -> Projector:
       every: number of steps from one basis to the next.
       orthonormal: otherwise its entries are independent, normal and of variance ``1 / r``, such
         that the projection keeps the norm of a vector in the mean (Johnson and Lindenstrauss), as
-        :func:`apollo` takes it. Lifting is no way back then: ``P P^T`` is ``m / r`` times too large.
+        :func:`apollo` takes it. Lifting is no way back then: ``P P^T`` is too large by ``m / r``.
 
     Returns:
       A :class:`Projector` whose state is a random key.
