@@ -116,10 +116,20 @@ def _backward(
         dweights = _product("kgrd,ktd->kgrt", dout[:, :, rows], v[:, :stop])
         dscores = (weights * (dweights - inner[:, :, rows])).astype(q.dtype)
         dqs.append(_product("kgrt,ktd->kgrd", dscores, k[:, :stop]).astype(q.dtype))
-        dk = dk.at[:, :stop].add(_product("kgrt,kgrd->ktd", dscores, q[:, :, rows]))
+        dk = _added(dk, _product("kgrt,kgrd->ktd", dscores, q[:, :, rows]))
         weights = weights.astype(v.dtype)
-        dv = dv.at[:, :stop].add(_product("kgrt,kgrd->ktd", weights, dout[:, :, rows]))
+        dv = _added(dv, _product("kgrt,kgrd->ktd", weights, dout[:, :, rows]))
     return jnp.concatenate(dqs, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _added(total: Array, part: Array) -> Array:
+    """`part` (K, t, D) added to the first positions of `total` (K, S, D).
+
+    (As `.at[:, :t].add` would, whose empty array of indices, where t is S, takes XLA:CPU of jaxlib
+    0.11 down in a loop over several devices.)
+    """
+    first = total[:, : part.shape[1]] + part
+    return jax.lax.dynamic_update_slice_in_dim(total, first, 0, axis=1)
 
 
 def _scores(q: Array, k: Array, segments: Array | None, start: int, stop: int) -> Array:
