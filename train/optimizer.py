@@ -192,7 +192,7 @@ def _projector(config: OptimizerConfig) -> Projector:
         case "online_pca_lion":
             return online_pca(optax.lion(0.02, weight_decay=0.0))
         case "online_pca_sgd":
-            return online_pca(optax.sgd(0.5), relative=False)
+            return online_pca(optax.sgd(0.1), relative=False)
         case "oja":
             return oja()
     return history_pca()
