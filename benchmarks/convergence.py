@@ -133,6 +133,11 @@ def ablations(rank: int) -> dict[str, dict[str, tuple[str, str]]]:
             f"GaLore with {rule}": (galore, f"--optimizer.projector {rule}")
             for rule in (*rules, *optimizers)
         },
+        "side": {
+            f"{label}, {side}": (method, f"--optimizer.side {side}")
+            for (method, label) in (three[0], three[2])
+            for side in ("shorter", "longer", "left", "right", "both")
+        },
         "moments": {
             **{
                 f"GaLore, every 10, moments {m}": (
