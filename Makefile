@@ -39,7 +39,7 @@ lint: $(VENV)/test-$(DEVICE).done
 	$(bin)/mypy
 
 docs: $(VENV)/test-$(DEVICE).done
-	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict
 
 format: $(VENV)/test-$(DEVICE).done
 	$(bin)/ruff check --fix .

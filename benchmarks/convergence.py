@@ -7,7 +7,8 @@
 
 Each run is the trainer's own step on the trainer's own data: the same first weights, order of
 documents and number of tokens for all methods of a seed. A line of JSON is written after each,
-with the `python -m train` command that repeats it; the command given again goes on where it was
+with the `python -m train` command that trains the same, and in the end scores all held-out
+documents, of which here the first 65,536 tokens count. The command given again goes on where it was
 stopped, one run at a time.
 """
 
@@ -39,17 +40,34 @@ from train.step import init_state, make_eval_step, make_fused, make_train_step
 RESULTS = Path(__file__).parent / "results"
 Rates = Sequence[float]
 
-_CPU = (
+
+class Setting(NamedTuple):
+    """Model, data and length of all runs."""
+
+    words: str
+    rank: int  # a quarter of the model's width
+    steps: int
+    batch_size: int
+    length: int  # tokens in a sequence
+
+    @property
+    def all_words(self) -> str:
+        """Of `python -m train`."""
+        return (
+            f"{self.words} --train.batch_size {self.batch_size} "
+            f"--train.sequence_length {self.length} --train.steps {self.steps}"
+        )
+
+
+_TINY = (
     "--model tiny --model.num_layers 2 --model.hidden_size 64 --model.intermediate_size 176 "
-    "--model.vocab_size 1024 --data.vocab_size 1024 --train.batch_size 8 "
-    "--train.sequence_length 128 --train.steps 300"
+    "--model.vocab_size 1024 --data.vocab_size 1024"
 )
-_GPU = (
-    "--model 60m --model.vocab_size 4096 --model.param_dtype bfloat16 --model.dtype bfloat16 "
-    "--train.batch_size 128 --train.sequence_length 256 --train.steps 2000"
-)
-# Model, data and length of all runs, and the rank that is a quarter of the model's width.
-SETTINGS = {"cpu": (_CPU, 16), "gpu": (_GPU, 128)}
+# Weights and so all moments in float32: optax keeps moments in the weights' dtype, in which
+# bfloat16 squares do not decay, and this library does not.
+_60M = "--model 60m --model.vocab_size 4096 --model.dtype bfloat16"
+SETTINGS = {"cpu": Setting(_TINY, 16, 300, 8, 128), "gpu": Setting(_60M, 128, 2000, 128, 256)}
+SCORED = 65_536  # held-out tokens at the end
 
 
 class Method(NamedTuple):
@@ -86,7 +104,7 @@ METHODS = {
     "OSD, online PCA": Method(ONLINE_PCA, PROJECTED),
     "OSD, history PCA": Method(OSD, PROJECTED),
     "LoRA": Method(LORA, doubling(0.002)),
-    "ReLoRA": Method(f"{LORA} --lora.merge_every 75 --lora.rewarm_steps 10", doubling(0.002)),
+    "ReLoRA": Method(f"{LORA} --lora.merge_every MERGE --lora.rewarm_steps 10", doubling(0.002)),
     "low-rank factors": Method(
         f"{named('adamw')} --lora.rank RANK --lora.factorize", doubling(0.002)
     ),
@@ -110,14 +128,17 @@ OTHERS = {
 FACTORS = {"three times the steps": (1.0, 0.5, 0.25)}
 
 
-def ablations(rank: int) -> dict[str, dict[str, tuple[str, str]]]:
+def ablations(setting: Setting) -> dict[str, dict[str, tuple[str, str]]]:
     """Questions whose runs differ from a method's in few words, at its best rate, with one seed.
 
     By question and label: the method, and the words that are added.
     """
     galore, online, history = "GaLore", "OSD, online PCA", "OSD, history PCA"
     three = ((galore, "GaLore"), (online, "online PCA"), (history, "history PCA"))
+    rank, steps, tokens = setting.rank, setting.steps, setting.batch_size * setting.length
     few = (rank // 4, rank // 2, rank, rank * 2)
+    lengths = (setting.length // 4, setting.length, setting.length * 4)
+    periods = (1, 10, 50, steps // 2, steps)
     rules = ("svd", "subspace_iteration", "random_projection", "oja", "history_pca")
     optimizers = ("online_pca", "online_pca_lion", "online_pca_sgd")
     eight = "galore_adamw8bit", "online_subspace_adamw8bit"
@@ -127,7 +148,7 @@ def ablations(rank: int) -> dict[str, dict[str, tuple[str, str]]]:
             for (method, label), r in itertools.product(three, few)
         },
         "refresh period": {
-            f"GaLore, every {n}": (galore, f"--optimizer.every {n}") for n in (1, 10, 50, 150, 300)
+            f"GaLore, every {n}": (galore, f"--optimizer.every {n}") for n in periods
         },
         "projector rule": {
             f"GaLore with {rule}": (galore, f"--optimizer.projector {rule}")
@@ -165,15 +186,15 @@ def ablations(rank: int) -> dict[str, dict[str, tuple[str, str]]]:
         "sequence length": {
             f"{label}, {length} tokens": (
                 method,
-                f"--train.sequence_length {length} --train.batch_size {1024 // length}",
+                f"--train.sequence_length {length} --train.batch_size {tokens // length}",
             )
             for (method, label), length in itertools.product(
                 (("AdamW, full rank", "AdamW"), (galore, "GaLore"), (history, "history PCA")),
-                (32, 128, 512),
+                lengths,
             )
         },
         # A long run wants a lower rate.
-        "three times the steps": {label: (label, "--train.steps 900") for label in METHODS},
+        "three times the steps": {name: (name, f"--train.steps {steps * 3}") for name in METHODS},
         "fused backward": {
             f"{label}{how}": (method, f"--optimizer.clip_norm None{words}")
             for (method, label), (how, words) in itertools.product(
@@ -245,9 +266,9 @@ class Runner:
             if step % every == 0 and step < train.steps:
                 if not math.isfinite(float(losses[-1])):
                     break
-                curve.append([step, self._score(state.params, 4)])
+                curve.append([step, self._score(state.params, SCORED // 16)])
         stream.close()
-        final = self._score(state.params, 64)
+        final = self._score(state.params, SCORED)
         whole = np.asarray(jnp.stack(losses), float)
         return {
             "loss": final if math.isfinite(final) and np.all(np.isfinite(whole)) else None,
@@ -258,10 +279,10 @@ class Runner:
             "trained": int(sum(x.size for x in jax.tree.leaves(state.params))),
         }
 
-    def _score(self, params: Any, most: int) -> float:
+    def _score(self, params: Any, tokens: int) -> float:
         train = self.config.train
         total = count = 0.0
-        most = max(1, most * 1024 // (train.batch_size * train.sequence_length))
+        most = max(1, tokens // (train.batch_size * train.sequence_length))
         for batch in self.held_out.batches(train.batch_size, train.sequence_length, most):
             nats, tokens = self.evaluate(params, batch)
             total, count = total + float(nats), count + float(tokens)
@@ -279,9 +300,10 @@ def words_of(setting: str, *parts: str) -> str:
     >>> words_of("cpu", GALORE, "--optimizer.rank 8").split()[-4:]
     ['--optimizer.name', 'galore', '--optimizer.rank', '8']
     """
-    base, rank = SETTINGS[setting]
+    base = SETTINGS[setting]
+    text = " ".join((base.all_words, *parts)).replace("RANK", str(base.rank))
     found: dict[str, str] = {}
-    for word in shlex.split(" ".join((base, *parts)).replace("RANK", str(rank))):
+    for word in shlex.split(text.replace("MERGE", str(base.steps // 4))):
         if word.startswith("--"):
             found.pop(last := word, None)
             found[word] = ""  # a flag, until a value comes
@@ -393,7 +415,7 @@ def run_all(study: Study, questions: Sequence[str], seeds: int) -> None:
 
 def planned(study: Study) -> Iterator[tuple[str, str, str, float]]:
     """The runs of the ablations, at the best rate (of seed 0) of the method that they change."""
-    for question, entries in ablations(SETTINGS[study.setting][1]).items():
+    for question, entries in ablations(SETTINGS[study.setting]).items():
         for label, (name, words) in entries.items():
             method = METHODS[name]
             if (best := study.best(method, 1)) is not None:
@@ -462,7 +484,7 @@ def tables(study: Study, seeds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = ("methods", "others", *ablations(16))
+    known = ("methods", "others", *ablations(SETTINGS["cpu"]))
     parser.add_argument("--setting", choices=SETTINGS, default="cpu")
     parser.add_argument("--questions", nargs="+", choices=[*known, "all"], default=["methods"])
     parser.add_argument("--seeds", type=int, default=3)

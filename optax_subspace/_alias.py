@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -251,3 +253,32 @@ def scale_by_galore_adam(b1, b2, eps, mu_dtype=None, nu_dtype=None) -> optax.Gra
     """Adam as in GaLore's code: epsilon is added before the bias correction."""
     kinetic = adam_kinetic(b1, b2, eps, eps_before_correction=True)
     return scale_by_hamiltonian_descent(kinetic, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+
+
+def with_settings_of(alias: Callable[..., Any], without: Sequence[str]) -> Callable[[Any], Any]:
+    """Gives the function the keywords of ``alias`` in place of ``**settings``.
+
+    (``optax.inject_hyperparams`` takes every argument by its name in the signature.)
+    """
+
+    def named(function):
+        own = inspect.signature(function)
+        first = [p for p in own.parameters.values() if p.kind != p.VAR_KEYWORD]
+        known = {p.name for p in first} | set(without)
+        others = inspect.signature(alias).parameters.values()
+        settings = [p for p in others if p.name not in known and p.kind == p.KEYWORD_ONLY]
+        signature = own.replace(parameters=[*first, *settings])
+
+        @functools.wraps(function)
+        def checked(*args, **kwargs):
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}: {error}") from None
+            return function(*args, **kwargs)
+
+        # (What `inspect` reads first; the types of functions do not know of it.)
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return checked
+
+    return named

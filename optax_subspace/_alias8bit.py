@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import optax
 
-from optax_subspace._alias import galore, online_subspace_descent, scale_by_galore_adam
+from optax_subspace._alias import (
+    galore,
+    online_subspace_descent,
+    scale_by_galore_adam,
+    with_settings_of,
+)
 from optax_subspace._hamiltonian import scale_by_hamiltonian_descent
 from optax_subspace._kinetic import adam_kinetic
 from optax_subspace._lomo import decay_of
@@ -59,36 +62,7 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     return scale_by_hamiltonian_descent(adam_kinetic(b1, b2, eps))
 
 
-def _with_settings_of(alias: Callable[..., Any], without: Sequence[str]) -> Callable[[Any], Any]:
-    """Gives the function the keywords of ``alias`` in place of ``**settings``.
-
-    (``optax.inject_hyperparams`` takes every argument by its name in the signature.)
-    """
-
-    def named(function):
-        own = inspect.signature(function)
-        first = [p for p in own.parameters.values() if p.kind != p.VAR_KEYWORD]
-        known = {p.name for p in first} | set(without)
-        others = inspect.signature(alias).parameters.values()
-        settings = [p for p in others if p.name not in known and p.kind == p.KEYWORD_ONLY]
-        signature = own.replace(parameters=[*first, *settings])
-
-        @functools.wraps(function)
-        def checked(*args, **kwargs):
-            try:
-                signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(f"{function.__name__}: {error}") from None
-            return function(*args, **kwargs)
-
-        # (What `inspect` reads first; the types of functions do not know of it.)
-        checked.__signature__ = signature  # type: ignore[attr-defined]
-        return checked
-
-    return named
-
-
-@_with_settings_of(galore, without=("inner", "mu_dtype", "nu_dtype"))
+@with_settings_of(galore, without=("inner", "mu_dtype", "nu_dtype"))
 def galore_adamw8bit(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
@@ -125,7 +99,7 @@ def galore_adamw8bit(
     return galore(learning_rate, rank, inner=inner, **settings)
 
 
-@_with_settings_of(online_subspace_descent, without=("inner",))
+@with_settings_of(online_subspace_descent, without=("inner",))
 def online_subspace_adamw8bit(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,

@@ -129,6 +129,12 @@ class Subspace:
                 f"parameter {plan.path}: moments='reset' with a projector that follows every "
                 "gradient would forget the moments at every step: use 'keep' or 'project'"
             )
+        if not rule.orthonormal and self.moments == "project":
+            raise ValueError(
+                f"parameter {plan.path}: moments='project' turns moments from one orthonormal "
+                "basis to another, which those of this projector are not: use 'keep' or 'reset', "
+                "or random_projection()"
+            )
         key = jax.random.fold_in(key_of(self.seed), index)
         slices = int(np.prod(plan.batch_shape, dtype=int))
         states = []

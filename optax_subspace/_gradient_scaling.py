@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._alias import finished, scale_by_galore_adam
+from optax_subspace._alias import finished, scale_by_galore_adam, with_settings_of
 from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan, Rules
@@ -91,8 +91,8 @@ def scale_by_subspace_norms(
 
     Raises:
       TypeError: what :func:`scale_by_subspace` raises.
-      ValueError: the same, and ``per`` unknown, ``growth`` below one, ``side="both"``; at
-        ``update``, a gradient that was projected at the source.
+      ValueError: the same, and ``per`` unknown, ``growth`` below one, ``side`` ``both`` or
+        ``auto``; at ``update``, a gradient that was projected at the source.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -111,11 +111,13 @@ def scale_by_subspace_norms(
     """
     if per not in PER:
         raise ValueError(f"per must be one of {', '.join(PER)}, got {per!r}")
-    if growth is not None and not growth >= 1:
+    # (Under `optax.inject_hyperparams` it is an array.)
+    if isinstance(growth, int | float) and not growth >= 1:
         raise ValueError(f"growth must be at least 1, or None for no limit, got {growth}")
-    if side == "both":
+    if side in ("both", "auto"):
         raise ValueError(
-            "side='both' leaves no axis for channels: use 'shorter', 'longer', 'left' or 'right'"
+            f"side={side!r} may leave no axis for channels: use 'shorter', 'longer', 'left' or "
+            "'right'"
         )
     if projector is None:
         projector = svd() if residual else random_projection(orthonormal=False)
@@ -132,7 +134,9 @@ def scale_by_subspace_norms(
                     f"parameter {plan.path}: is projected on both sides, which leaves no axis for "
                     "channels: give its rule another side"
                 )
-        norms = {p.path: jnp.zeros(p.batch_shape, jnp.float32) for p in plans if p.projected}
+        norms: Any = {p.path: jnp.zeros(p.batch_shape, jnp.float32) for p in plans if p.projected}
+        if not plans:  # see `Subspace.init`
+            norms = jnp.zeros([], jnp.float32)
         return GradientScalingState(projection, inner.init(low_rank_tree(params, plans)), norms)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -147,7 +151,7 @@ def scale_by_subspace_norms(
         lows, used, inner_state = inner_low_update(
             inner, handed, structure, state.inner, params, extra_args
         )
-        found, norms = [], dict(state.norms)
+        found, norms = [], dict(state.norms) if handed else state.norms
         for gradient, leaf, low, ok in zip(leaves, handed, lows, used, strict=True):
             path, gradient = leaf.plan.path, jnp.asarray(gradient)
             if not leaf.plan.projected:
@@ -176,13 +180,12 @@ def _scaled(
 ) -> tuple[jax.Array, jax.Array]:
     """The update ``(*batch, m, n)`` of one leaf, and the norm ``(*batch,)`` of its scaled part."""
     axes = (-2, -1) if per == "tensor" else (_subspace_axis(leaf.plan),)
-    norm = lambda x: jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))
-    before, after = norm(leaf.low), norm(low)
+    before, after = _norm(leaf.low, axes), _norm(low, axes)
     factor = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 0)
     if residual:
         matrices = matrices - lift(leaf.low, leaf.bases, leaf.plan)
     scaled = matrices * factor
-    size = jnp.sqrt(jnp.sum(scaled**2, axis=(-2, -1)))
+    size = _norm(scaled, (-2, -1))[..., 0, 0]
     if growth is not None:
         limited = jnp.where(last > 0, jnp.minimum(size, growth * last), size)
         scaled *= jnp.where(size > 0, limited / jnp.where(size > 0, size, 1), 1)[..., None, None]
@@ -190,6 +193,13 @@ def _scaled(
     if residual:
         return lift(low * leaf.factor, leaf.bases, leaf.plan) + scaled, size
     return scaled * leaf.factor, size
+
+
+def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Norms over ``axes``, which stay as ones; the squares neither overflow nor vanish."""
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    largest = jnp.maximum(largest, jnp.finfo(x.dtype).tiny)
+    return largest * jnp.sqrt(jnp.sum((x / largest) ** 2, axis=axes, keepdims=True))
 
 
 def _subspace_axis(plan: LeafPlan) -> int:
@@ -201,38 +211,48 @@ def apollo(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 256,
     *,
-    every: int = 200,
+    every: int | None = None,
+    projector: Projector | None = None,
+    per: str = "channel",
+    growth: float | None = 1.01,
     scale: optax.ScalarOrSchedule = 1.0,
+    side: str = "shorter",
+    rules: Rules | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
+    projector_dtype: Any = None,
+    stagger: bool | None = None,
+    moments: str = "keep",
+    seed: int | None = None,
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
-    **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO: gradients scaled channel by channel, by Adam in a random subspace.
 
-    The published optimizer is without momentum at full rank: what Adam's moments in the subspace
-    tell is the size of each channel's step alone. The published rank is a quarter of the model's
-    width.
+    The update is the gradient itself at full rank, without momentum: what Adam's moments in the
+    subspace tell is the size of each channel's step alone. The published rank is a quarter of the
+    model's width.
 
     Args:
       learning_rate: step size, a number or a schedule.
       rank: dimension of the random subspace.
-      every: steps from one random basis to the next.
-      scale: factor on the update.
+      every: steps from one random basis to the next, 200 by default; not together with
+        ``projector``.
+      projector: another rule than ``random_projection(every, orthonormal=False)``. With orthonormal
+        bases factors are ``sqrt(m / r)`` times as large.
+      per, growth, scale, side, rules, projector_dtype, stagger, moments, seed: see
+        :func:`scale_by_subspace_norms`.
       b1, b2, eps: of Adam in the subspace.
       weight_decay: decoupled decay, in full space and times the learning rate.
-      mask: which leaves decay, as in ``optax.add_decayed_weights``.
-      **settings: ``projector`` (then ``every`` is not used), ``per``, ``growth``, ``side``,
-        ``rules``, ``projector_dtype``, ``stagger``, ``moments`` and ``seed`` of
-        :func:`scale_by_subspace_norms`.
+      mask: tree of booleans, or a function from parameters to one: which leaves decay.
 
     Returns:
       The optimizer.
 
     Raises:
-      TypeError, ValueError: what :func:`scale_by_subspace_norms` raises.
+      TypeError, ValueError: what :func:`scale_by_subspace_norms` raises, and ``every`` and
+        ``projector`` given together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -242,12 +262,27 @@ def apollo(
     References:
       Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024, algorithm 1.
     """
-    settings.setdefault("projector", random_projection(every, orthonormal=False))
-    adam = scale_by_galore_adam(b1, b2, eps)
-    subspace = scale_by_subspace_norms(adam, rank=rank, scale=scale, **settings)
+    _check_period("apollo", every, projector)
+    if projector is None:
+        projector = random_projection(200 if every is None else every, orthonormal=False)
+    subspace = scale_by_subspace_norms(
+        scale_by_galore_adam(b1, b2, eps),
+        rank=rank,
+        projector=projector,
+        per=per,
+        growth=growth,
+        side=side,
+        scale=scale,
+        rules=rules,
+        projector_dtype=projector_dtype,
+        stagger=bool(stagger),
+        moments=moments,
+        seed=seed or 0,
+    )
     return finished(subspace, learning_rate, weight_decay, mask)
 
 
+@with_settings_of(apollo, without=("rank", "per"))
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -268,7 +303,7 @@ def apollo_mini(
       The optimizer.
 
     Raises:
-      TypeError, ValueError: what :func:`scale_by_subspace_norms` raises.
+      TypeError, ValueError: what :func:`apollo` raises.
 
     Example:
       >>> import jax.numpy as jnp
@@ -285,14 +320,22 @@ def fira(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
     *,
-    every: int = 200,
+    every: int | None = None,
+    projector: Projector | None = None,
+    per: str = "channel",
+    growth: float | None = 1.01,
     scale: optax.ScalarOrSchedule = 0.25,
+    side: str = "shorter",
+    rules: Rules | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
+    projector_dtype: Any = None,
+    stagger: bool | None = None,
+    moments: str = "keep",
+    seed: int | None = None,
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
-    **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Fira: GaLore's step, and what it leaves of the gradient scaled as Adam scales the rest.
 
@@ -302,20 +345,21 @@ def fira(
     Args:
       learning_rate: step size, a number or a schedule.
       rank: dimension of the subspace.
-      every: steps from one basis to the next.
+      every: steps from one basis to the next, 200 by default; not together with ``projector``.
+      projector: another rule than ``svd(every)``, of orthonormal bases.
       scale: factor on the part of the update within the subspace.
+      per, growth, side, rules, projector_dtype, stagger, moments, seed: see
+        :func:`scale_by_subspace_norms`.
       b1, b2, eps: of Adam in the subspace.
       weight_decay: decoupled decay, in full space and times the learning rate.
-      mask: which leaves decay, as in ``optax.add_decayed_weights``.
-      **settings: ``projector`` (then ``every`` is not used), ``per``, ``growth``, ``side``,
-        ``rules``, ``projector_dtype``, ``stagger``, ``moments`` and ``seed`` of
-        :func:`scale_by_subspace_norms`.
+      mask: tree of booleans, or a function from parameters to one: which leaves decay.
 
     Returns:
       The optimizer.
 
     Raises:
-      TypeError, ValueError: what :func:`scale_by_subspace_norms` raises.
+      TypeError, ValueError: what :func:`scale_by_subspace_norms` raises, and ``every`` and
+        ``projector`` given together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -325,7 +369,25 @@ def fira(
     References:
       Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, algorithm 1.
     """
-    settings.setdefault("projector", svd(every))
-    adam = scale_by_galore_adam(b1, b2, eps)
-    subspace = scale_by_subspace_norms(adam, rank=rank, scale=scale, residual=True, **settings)
+    _check_period("fira", every, projector)
+    subspace = scale_by_subspace_norms(
+        scale_by_galore_adam(b1, b2, eps),
+        rank=rank,
+        projector=svd(200 if every is None else every) if projector is None else projector,
+        per=per,
+        residual=True,
+        growth=growth,
+        side=side,
+        scale=scale,
+        rules=rules,
+        projector_dtype=projector_dtype,
+        stagger=bool(stagger),
+        moments=moments,
+        seed=seed or 0,
+    )
     return finished(subspace, learning_rate, weight_decay, mask)
+
+
+def _check_period(name: str, every: int | None, projector: Projector | None) -> None:
+    if every is not None and projector is not None:
+        raise ValueError(f"{name}: give every or projector, not both: projector=svd(every=...)")

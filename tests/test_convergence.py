@@ -67,7 +67,7 @@ def test_the_tables_tell_what_there_is(study):
 
 
 def test_all_words_are_the_trainers():
-    for setting, (_, rank) in convergence.SETTINGS.items():
+    for setting, found in convergence.SETTINGS.items():
         for method in convergence.all_methods().values():
             words = words_of(setting, method.words)
             command = parse(shlex.split(Run(words, 0.01, 1).arguments))
@@ -77,7 +77,7 @@ def test_all_words_are_the_trainers():
                 command.config.lora.learning_rate,
             )
             assert len(method.rates) >= 5
-        for entries in convergence.ablations(rank).values():
+        for entries in convergence.ablations(found).values():
             for name, words in entries.values():
                 parse(shlex.split(words_of(setting, METHODS[name].words, words)))
 
@@ -96,10 +96,14 @@ def test_a_run_is_that_of_the_command_that_it_writes(words, tmp_path, monkeypatc
     tiny = dict(zip(TINY[::2], TINY[1::2], strict=True))
     for key in ("--optimizer.rank", "--optimizer.every", "--checkpoint.every"):
         del tiny[key]
-    tiny |= {"--train.steps": "12", "--data.path": str(write_text(tmp_path / "text"))}
+    steps, batch_size, length = 12, 2, 16
+    for key in ("steps", "batch_size", "sequence_length"):
+        del tiny[f"--train.{key}"]
+    tiny |= {"--data.path": str(write_text(tmp_path / "text"))}
     tiny["--data.cache_dir"] = str(tmp_path / "cache")
     base = " ".join(f"{key} {value}" for key, value in tiny.items())
-    monkeypatch.setitem(convergence.SETTINGS, "cpu", (base, 4))
+    setting = convergence.Setting(base, 4, steps, batch_size, length)
+    monkeypatch.setitem(convergence.SETTINGS, "cpu", setting)
     study = Study(tmp_path / "results.jsonl", "cpu")
     row = study.run("", words_of("cpu", words), 0.02, 3)
     command = shlex.split(row["command"])

@@ -1,5 +1,7 @@
 """APOLLO and Fira: gradients scaled at full rank by what happens to them in a subspace."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -171,6 +173,40 @@ def test_bad_gradients_are_skipped(make):
         chex.assert_tree_all_finite(updates)
 
 
+@pytest.mark.parametrize("make", [osub.apollo, osub.apollo_mini, osub.fira])
+def test_wrappers_of_optax_take_it(make):
+    """`inject_hyperparams`, whose numbers are arrays, `tree_map_params`, `MultiSteps`, `masked`."""
+    params = {"w": jnp.ones((8, 6)), "b": jnp.ones(6)}
+    wave = lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+    given = jax.tree.map(wave, params)
+    settings = {} if make is osub.apollo_mini else {"rank": 2}
+    plain = make(0.1, **settings)
+    expected, state = plain.update(given, plain.init(params), params)
+    known = inspect.signature(make).parameters
+    static = [name for name in ("rank", "side", "per", "moments") if name in known]
+    injected = optax.inject_hyperparams(make, static_args=static)(0.1, **settings)
+    found, _ = injected.update(given, injected.init(params), params)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
+    optax.tree_map_params(plain, lambda x: x, state)
+    wrapped = optax.MultiSteps(plain, 2)
+    begun = wrapped.init(params)
+    _, begun = wrapped.update(given, begun, params)
+    found, _ = wrapped.update(given, begun, params)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
+    masked = optax.masked(plain, {"w": True, "b": False})
+    found, _ = masked.update(given, masked.init(params), params)
+    # (A leaf's random numbers depend on its place among those that are left.)
+    assert np.any(found["w"]) and np.array_equal(found["b"], given["b"])
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_no_gradient_is_too_small_or_large(size):
+    gradient = {"w": jnp.full((6, 10), size)}
+    tx = osub.scale_by_subspace_norms(optax.identity(), rank=3)
+    updates, _ = tx.update(gradient, tx.init(gradient))
+    chex.assert_trees_all_close(updates, gradient, rtol=1e-4)
+
+
 def test_layers_within_the_backward_pass():
     """`fused_backward` takes it: leaves are kept apart."""
     key = jax.random.key(0)
@@ -212,7 +248,8 @@ def test_random_entries_keep_norms_in_the_mean():
     [
         ({"per": "row"}, "per must be one of channel, tensor, got 'row'"),
         ({"growth": 0.5}, "growth must be at least 1, or None for no limit, got 0.5"),
-        ({"side": "both"}, "side='both' leaves no axis for channels"),
+        ({"side": "both"}, "side='both' may leave no axis for channels"),
+        ({"side": "auto"}, "side='auto' may leave no axis for channels"),
         ({"rank": 0}, "rank must be at least 1"),
     ],
 )
@@ -226,6 +263,12 @@ def test_what_cannot_be_scaled():
     rules = [("w", osub.MatrixSpec(0, 1, side="both"))]
     with pytest.raises(ValueError, match="parameter w: is projected on both sides"):
         osub.apollo(0.1, rank=2, rules=rules).init(params)
+    with pytest.raises(ValueError, match="parameter w: moments='project' turns moments"):
+        osub.apollo(0.1, rank=2, moments="project").init(params)
+    with pytest.raises(ValueError, match="apollo: give every or projector, not both"):
+        osub.apollo(0.1, every=5, projector=osub.svd())
+    with pytest.raises(TypeError, match="apollo_mini: got an unexpected keyword argument 'rank'"):
+        osub.apollo_mini(0.1, rank=4)
     tx = osub.apollo(0.1, rank=2)
     low = osub.Projected(jnp.ones((2, 8)), (8, 8), jnp.dtype("float32"))
     with pytest.raises(ValueError, match="projected at the source"):

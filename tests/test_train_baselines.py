@@ -100,9 +100,18 @@ def test_muon_makes_the_kernels_orthogonal_and_nothing_else():
 
 
 def test_adamw_with_a_rate_of_its_own_for_the_kernels():
+    """Of what Adam makes of the gradients; decay is the same for all."""
     plain, scaled = (first_update(optimizer("adamw", scale=s)) for s in (None, 0.25))
     quarter = lambda path, x: x / 4 if "kernel" in str(path) and "layers" in str(path) else x
-    chex.assert_trees_all_close(scaled, jax.tree_util.tree_map_with_path(quarter, plain), rtol=1e-6)
+    quartered = jax.tree_util.tree_map_with_path(quarter, plain)
+    chex.assert_trees_all_close(scaled, quartered, rtol=1e-6)
+    decayed = first_update(optimizer("adamw", scale=0.25, weight_decay=0.1))
+    with_decay = jax.tree.map(lambda u, w: u - 0.01 * 0.1 * w, quartered, params())
+    chex.assert_trees_all_close(decayed, with_decay, rtol=1e-5, atol=1e-8)
+    peer = optax.adamw(0.01, eps=1e-6, weight_decay=0.1)
+    expected, _ = peer.update(gradients(), peer.init(params()), params())
+    ours = first_update(optimizer("adamw", weight_decay=0.1))
+    chex.assert_trees_all_close(ours, expected, rtol=1e-5, atol=1e-8)
     assert optimizer("adamw").scale == 1.0 and optimizer("adamw", scale=0.25).scale == 0.25
 
 
@@ -145,8 +154,11 @@ def test_defaults_are_the_optimizers_own():
         ("--optimizer.projector oja --optimizer.every 5", "follows every gradient; leave it out"),
         ("--optimizer.projector oja --optimizer.moments reset", "forgotten at every step"),
         ("--optimizer.name fira --optimizer.side both", "scales along the axis"),
-        ("--optimizer.name fira --train.project_at_source", "fira projects nothing; leave it out"),
-        ("--optimizer.name apollo --log.hamiltonian", "has no momentum"),
+        (
+            "--optimizer.name fira --train.project_at_source",
+            "fira needs whole gradients",
+        ),
+        ("--optimizer.name apollo --log.hamiltonian", "has no kinetic energy"),
         ("--optimizer.name adamw --optimizer.scale 0.5 --log.hamiltonian", "a rate of their own"),
         (
             "--optimizer.name muon --train.fused_backward --train.micro_batch_size 4",
@@ -154,8 +166,14 @@ def test_defaults_are_the_optimizers_own():
         ),
         (
             "--optimizer.name contrib_galore --lora.rank 2 --lora.freeze kernels",
-            "projects the gradients of kernels",
+            "is for the gradients of kernels",
         ),
+        ("--optimizer.name muon --lora.rank 2 --lora.factorize", "is for the gradients of kernels"),
+        (
+            "--optimizer.name adamw --optimizer.scale 0.5 --lora.rank 2 --lora.factorize",
+            "is for the gradients of kernels",
+        ),
+        ("--optimizer.name apollo --optimizer.moments project", "not orthonormal"),
     ],
 )
 def test_what_does_not_go_together(words, message):

@@ -85,7 +85,7 @@ def test_learning_rate_is_the_optimizers_own_unless_given():
         ),
         (
             ["--log.hamiltonian", "--optimizer.name", "lomo"],
-            ["--log.hamiltonian", "lomo has no momentum"],
+            ["--log.hamiltonian", "lomo has no kinetic energy"],
         ),
         (["--log.hamiltonian", "--lora.rank", "4"], ["--log.hamiltonian", "adapters"]),
         (["--lora.freeze", "all"], ["--lora.freeze", "--lora.rank"]),

@@ -103,7 +103,7 @@ def test_a_run_at_the_source_and_its_resumption(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--optimizer.name", "adamw"], "adamw projects nothing"),
+        (["--optimizer.name", "adamw"], "adamw needs whole gradients"),
         (["--lora.rank", "4"], "adapters"),
         (["--train.fused_backward"], "add --model.remat"),
         (["--model.dtype", "float16"], "loss scale"),

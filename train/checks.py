@@ -99,7 +99,7 @@ def validate(config: Config) -> None:
         what = (
             "adapters have a learning rate of their own"
             if config.lora.adapts
-            else (f"{config.optimizer.name} has no momentum, and so no kinetic energy")
+            else (f"{config.optimizer.name} has no kinetic energy that is known here")
         )
         raise UsageError(f"--log.hamiltonian: {what}; leave it out")
     if config.log.hamiltonian and config.optimizer.name in ADAMW and config.optimizer.scale != 1:
@@ -117,6 +117,13 @@ def validate(config: Config) -> None:
         raise UsageError(
             f"--optimizer.side {config.optimizer.side}: {config.optimizer.name} scales along the "
             "axis that is not projected, and there may be none; give shorter, longer, left or right"
+        )
+    apollos = config.optimizer.name in ("apollo", "apollo_mini")
+    random = config.optimizer.projector in (None, "random_projection")
+    if apollos and random and config.optimizer.moments == "project":
+        raise UsageError(
+            f"--optimizer.moments project: the random bases of {config.optimizer.name} are not "
+            "orthonormal, as turning moments needs them; give keep or reset"
         )
     if config.optimizer.moments == "reset" and follows_every_gradient(config.optimizer):
         raise UsageError(
@@ -155,7 +162,7 @@ def _validate_source(config: Config) -> None:
     key = "--train.project_at_source"
     if config.optimizer.name not in SUBSPACE:
         raise UsageError(
-            f"{key}: {config.optimizer.name} projects nothing; leave it out, or choose "
+            f"{key}: {config.optimizer.name} needs whole gradients; leave it out, or choose "
             f"--optimizer.name {SUBSPACE[0]}"
         )
     if config.lora.rank:
@@ -197,12 +204,13 @@ def _validate_adapters(config: Config) -> None:
                 "--train.int8_weights: is for the kernels, in whose place --lora.factorize has "
                 "factors; leave one of the two out"
             )
-    projects = optimizer in (*PROJECTED, "contrib_galore")
-    if projects and (adapters.factorize or adapters.freeze == "kernels"):
+    takes_kernels = optimizer in (*PROJECTED, "contrib_galore", "muon")
+    takes_kernels |= optimizer == "adamw" and config.optimizer.scale != 1
+    if takes_kernels and (adapters.factorize or adapters.freeze == "kernels"):
         key = "--lora.factorize" if adapters.factorize else "--lora.freeze kernels"
         raise UsageError(
-            f"--optimizer.name {optimizer}: projects the gradients of kernels, and with {key} "
-            "there are none; give another optimizer, e.g. --optimizer.name adamw"
+            f"--optimizer.name {optimizer}: is for the gradients of kernels, and with {key} there "
+            "are none; give another optimizer, e.g. --optimizer.name adamw with --optimizer.scale 1"
         )
     _validate_restarts(config)
 

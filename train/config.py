@@ -64,7 +64,7 @@ class OptimizerConfig:
     scale: float | None = None
     """In a subspace: factor on the lifted update (apollo: on all of it); learning_rate x scale is
     the effective rate. None is the published one: 0.25, apollo 1, apollo_mini the root of 128.
-    adamw: factor on the updates of the same kernels, None is 1"""
+    adamw: factor on the updates of the same kernels, before decay; None is 1"""
     side: Side = "shorter"
     """In a subspace: side of each matrix that is projected"""
     projector_dtype: Storage = "float32"
@@ -106,7 +106,7 @@ EIGHT_BIT = ("galore_adamw8bit", "online_subspace_adamw8bit", "adamw8bit")
 # Fields that some optimizers alone read: giving them to another one is refused.
 READ_BY = {
     "rank": (*SUBSPACE, "apollo", "fira", "contrib_galore"),
-    "scale": (*PROJECTED, "contrib_galore", *ADAMW),
+    "scale": (*PROJECTED, "contrib_galore", "adamw"),
     **dict.fromkeys(("side", "projector_dtype", "projector", "moments"), PROJECTED),
     "every": (*PROJECTED, "contrib_galore"),
     "code": EIGHT_BIT,

@@ -41,6 +41,7 @@ from optax_subspace import (
 from train import baselines
 from train.config import (
     FIRST_MOMENTS_ALONE,
+    MOMENTA,
     PROJECTED,
     READ_BY,
     SUBSPACE,
@@ -126,12 +127,15 @@ def make(
                 schedule, config.rank, **adam, storage=storage, **settings
             )
         case "adamw":
-            inner = optax.adamw(schedule, **adam, weight_decay=config.weight_decay)
-            inner = _kernels_scaled(inner, config.scale)
+            # (Of `optax.adamw`, which this is, the kernels' updates before decay.)
+            inner = optax.chain(
+                _kernels_scaled(optax.scale_by_adam(**adam), config.scale),
+                optax.add_decayed_weights(config.weight_decay),
+                optax.scale_by_learning_rate(schedule),
+            )
             kinetic = adam_kinetic(**adam)
         case "adamw8bit":
             inner = adamw8bit(schedule, **adam, weight_decay=config.weight_decay, storage=storage)
-            inner = _kernels_scaled(inner, config.scale)
         case "lomo":
             inner = lomo(schedule, weight_decay=config.weight_decay)
         case "adalomo":
@@ -151,9 +155,11 @@ def make(
             ),
             adapters,
         )
+        # Those of another optimizer than Adam are not for it.
+        of_adapters = betas if config.name in MOMENTA else {"eps": config.eps}
         parts = {
             "base": optax.set_to_zero() if adapters.freeze == "all" else inner,
-            "adapter": optax.adamw(rate, **betas, weight_decay=config.weight_decay),
+            "adapter": optax.adamw(rate, **of_adapters, weight_decay=config.weight_decay),
             "frozen": optax.set_to_zero(),
         }
         labels = functools.partial(lora.labels, frozen=adapters.freeze)
@@ -186,7 +192,8 @@ def _projector(config: OptimizerConfig) -> Projector:
         case "subspace_iteration":
             return subspace_iteration(config.every)
         case "random_projection":
-            return random_projection(config.every)
+            apollos = config.name in ("apollo", "apollo_mini")
+            return random_projection(config.every, orthonormal=not apollos)
         case "online_pca":
             return online_pca()
         case "online_pca_lion":

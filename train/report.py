@@ -29,7 +29,7 @@ def print_projection(screen: Screen, optimizer: Optimizer, params: Any) -> None:
     """The table of parameters: path, shape, side and rank."""
     if not optimizer.projects:
         trained = {
-            "nothing": "the optimizer works at full rank",
+            "nothing": "the optimizer is none of this library's that project",
             "kernels": "adapters are trained, and all else but the kernels that have them",
             "all": "the adapters alone are trained",
         }

@@ -37,6 +37,7 @@ class Projector(NamedTuple):
         :func:`squared_norm`.
       matrix_free: ``update`` reads its gradient by ``gradient @ a``, ``gradient.T``, ``a @
         gradient``, ``shape`` and ``dtype`` alone, so that it need not be formed at the source.
+      orthonormal: whether bases are orthonormal, or nearly so, as turning moments needs them.
       cosine, longest: see :func:`adaptive_period`, which sets them; None for a constant period.
 
     Example:
@@ -67,6 +68,7 @@ class Projector(NamedTuple):
     follow: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]] | None = None
     relative_to: str = "gradient"
     matrix_free: bool = False
+    orthonormal: bool = True
     cosine: float | None = None
     longest: int = 1
 

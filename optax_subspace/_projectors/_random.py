@@ -42,5 +42,9 @@ def random_projection(every: int = 200, orthonormal: bool = True) -> Projector:
         return new, jax.random.key_data(carried)
 
     return Projector(
-        lambda key, m, n, rank: jax.random.key_data(key), update, every, matrix_free=True
+        init=lambda key, m, n, rank: jax.random.key_data(key),
+        update=update,
+        every=every,
+        matrix_free=True,
+        orthonormal=orthonormal,
     )
