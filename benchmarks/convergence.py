@@ -274,7 +274,9 @@ class Runner:
             "loss": final if math.isfinite(final) and np.all(np.isfinite(whole)) else None,
             "curve": [[s, x] for s, x in curve if math.isfinite(x)],
             # Means of ten steps, which a figure can hold.
-            "train": [round(float(x.mean()), 4) for x in np.array_split(whole, train.steps // 10)],
+            "train": [
+                round(float(x.mean()), 4) for x in np.array_split(whole, max(1, train.steps // 10))
+            ],
             "state_bytes": tree_bytes(state.opt_state),
             "trained": int(sum(x.size for x in jax.tree.leaves(state.params))),
         }

@@ -63,7 +63,7 @@ def test_the_tables_tell_what_there_is(study):
     row = next(line for line in table.splitlines() if line.startswith("GaLore "))
     assert "0.032 of 5" in row and "0.0500" in row and "0.0707" in row
     assert "### rank" in table and "GaLore, rank 32" in table
-    assert "### moments" in table  # those of its entries that are another question's runs
+    assert "### 8 bits" in table  # those of its entries that are another question's runs
 
 
 def test_all_words_are_the_trainers():
