@@ -8,6 +8,8 @@ import io
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -23,6 +25,9 @@ from train.config import Config, flatten
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REFERENCE = sorted((ROOT / "docs/api").glob("*.md"))
+MAKEFILE = (ROOT / "Makefile").read_text()
+# Of a checkout, what the documentation is not made of.
+LEFT_OUT = (".git", ".venv", ".cache", "runs", "site", "build", "dist")
 names = lambda path: path.relative_to(ROOT).as_posix()
 
 # What the command lines of the pages name and a checkout does not have.
@@ -255,3 +260,15 @@ def test_lines_of_the_trainer_that_are_quoted_are_its_own():
         parts = [part.strip(" ;:") for part in re.split(r"\.\.\.|KEY|\b[ABMN]\b", line)]
         unknown = [part for part in parts if part not in source]
         assert not unknown, f"{line}: the trainer does not say {unknown}"
+
+
+def test_a_link_that_leads_nowhere_fails_the_build(tmp_path):
+    """With the very options of `make docs`: some of them keep `--strict` from counting warnings."""
+    line = re.search(r"^\t(\S*=\S+ )*\$\(bin\)/python (-m mkdocs .*)$", MAKEFILE, re.M)
+    whole = tmp_path / "whole"
+    shutil.copytree(ROOT, whole, ignore=lambda folder, found: [x for x in found if x in LEFT_OUT])
+    page = whole / "docs" / "galore.md"
+    page.write_text(page.read_text() + "\n[nowhere](nowhere.md)\n")
+    command = [sys.executable, *shlex.split(line[2]), "--site-dir", str(tmp_path / "site")]
+    build = subprocess.run(command, cwd=whole, capture_output=True, text=True, check=False)
+    assert build.returncode == 1 and "nowhere.md" in build.stderr
