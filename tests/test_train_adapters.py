@@ -216,7 +216,8 @@ class TestMerging:
 
     def test_the_rates_fall_and_rise_together(self):
         adapters = LoraConfig(rank=4, merge_every=5, rewarm_steps=2, learning_rate=1.0)
-        options = OptimizerConfig(name="adamw", learning_rate=0.5)
+        given = OptimizerConfig(name="adamw", learning_rate=0.5)
+        options = resolve(Config(optimizer=given)).optimizer
         plain = warmup_cosine(1.0, 20, options.warmup_fraction, options.final_fraction)
         of_base = make(options, 20, False, adapters).schedule
         of_adapters = make(options, 20, False, dataclasses.replace(adapters, freeze="all")).schedule
