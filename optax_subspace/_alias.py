@@ -97,8 +97,7 @@ def galore(
       >>> bool(loss(params) < 0.1 * 32)
       True
     """
-    if every is not None and projector is not None:
-        raise ValueError("galore: give every or projector, not both: projector=svd(every=...)")
+    check_period("galore", every, projector)
     if projector is None:
         projector = svd(200 if every is None else every)
     if inner is None:
@@ -247,6 +246,12 @@ def finished(
         return jax.tree_util.tree_map_with_path(stays, updates), new
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def check_period(name: str, every: int | None, projector: Projector | None) -> None:
+    """Raises if a rule of one's own, which has its period, is given together with one."""
+    if every is not None and projector is not None:
+        raise ValueError(f"{name}: give every or projector, not both: projector=svd(every=...)")
 
 
 def scale_by_galore_adam(b1, b2, eps, mu_dtype=None, nu_dtype=None) -> optax.GradientTransformation:

@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._alias import finished, scale_by_galore_adam, with_settings_of
+from optax_subspace._alias import (
+    check_period,
+    finished,
+    scale_by_galore_adam,
+    with_settings_of,
+)
 from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan, Rules
@@ -262,7 +267,7 @@ def apollo(
     References:
       Zhu et al., `APOLLO <https://arxiv.org/abs/2412.05270>`_, 2024, algorithm 1.
     """
-    _check_period("apollo", every, projector)
+    check_period("apollo", every, projector)
     if projector is None:
         projector = random_projection(200 if every is None else every, orthonormal=False)
     subspace = scale_by_subspace_norms(
@@ -369,7 +374,7 @@ def fira(
     References:
       Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, algorithm 1.
     """
-    _check_period("fira", every, projector)
+    check_period("fira", every, projector)
     subspace = scale_by_subspace_norms(
         scale_by_galore_adam(b1, b2, eps),
         rank=rank,
@@ -386,8 +391,3 @@ def fira(
         seed=seed or 0,
     )
     return finished(subspace, learning_rate, weight_decay, mask)
-
-
-def _check_period(name: str, every: int | None, projector: Projector | None) -> None:
-    if every is not None and projector is not None:
-        raise ValueError(f"{name}: give every or projector, not both: projector=svd(every=...)")

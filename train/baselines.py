@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from models.llama import subspace_rules
-from optax_subspace import plan
+from optax_subspace import LeafPlan, plan
 from train.config import OptimizerConfig
 
 
@@ -63,15 +63,14 @@ def _ending(schedule: Any, decay: float) -> tuple[Any, Any]:
 def _of_kernels(spec: Any) -> Callable[[Any], Any]:
     """What optax's own members take for a table of matrices: axes of the kernels, else None."""
 
-    def of(params: Any) -> Any:
-        plans = iter(plan(params, subspace_rules(), rank=1))
-        return jax.tree.map(lambda _: _spec(spec, next(plans)), params)
-
-    return of
+    axes = lambda leaf: spec(leaf.reduction, leaf.output) if leaf.projected else None
+    return lambda params: by_plan(axes, params)
 
 
-def _spec(spec: Any, leaf: Any) -> Any:
-    return spec(leaf.reduction, leaf.output) if leaf.projected else None
+def by_plan(function: Callable[[LeafPlan], Any], params: Any) -> Any:
+    """A tree of what `function` returns for each leaf, of which the kernels are `projected`."""
+    plans = iter(plan(params, subspace_rules(), rank=1))
+    return jax.tree.map(lambda _: function(next(plans)), params)
 
 
 def _savable(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -32,7 +32,6 @@ from optax_subspace import (
     online_pca,
     online_subspace_adamw8bit,
     online_subspace_descent,
-    plan,
     random_projection,
     scale_by_hamiltonian_descent,
     subspace_iteration,
@@ -178,10 +177,7 @@ def _kernels_scaled(tx: optax.GradientTransformation, scale: float) -> optax.Gra
     if scale == 1:
         return tx
 
-    def kernels(params: Any) -> Any:
-        plans = iter(plan(params, subspace_rules(), rank=1))
-        return jax.tree.map(lambda _: next(plans).projected, params)
-
+    kernels = lambda params: baselines.by_plan(lambda leaf: leaf.projected, params)
     return optax.chain(tx, optax.masked(optax.scale(scale), kernels))
 
 
