@@ -30,6 +30,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _timing
+from benchmarks._methods import (
+    FACTORS,
+    FULL,
+    METHODS,
+    OTHERS,
+    REPEATED,
+    SETTINGS,
+    Method,
+    ablations,
+    all_methods,
+    words_of,
+)
 from train import batches, corpus
 from train.cli import parse
 from train.memory import tree_bytes
@@ -38,171 +50,7 @@ from train.relora import MergingSteps, jitted_merge
 from train.step import init_state, make_eval_step, make_fused, make_train_step
 
 RESULTS = Path(__file__).parent / "results"
-Rates = Sequence[float]
-
-
-class Setting(NamedTuple):
-    """Model, data and length of all runs."""
-
-    words: str
-    rank: int  # a quarter of the model's width
-    steps: int
-    batch_size: int
-    length: int  # tokens in a sequence
-
-    @property
-    def all_words(self) -> str:
-        """Of `python -m train`."""
-        return (
-            f"{self.words} --train.batch_size {self.batch_size} "
-            f"--train.sequence_length {self.length} --train.steps {self.steps}"
-        )
-
-
-_TINY = (
-    "--model tiny --model.num_layers 2 --model.hidden_size 64 --model.intermediate_size 176 "
-    "--model.vocab_size 1024 --data.vocab_size 1024"
-)
-# Weights and so all moments in float32: optax keeps moments in the weights' dtype, in which
-# bfloat16 squares do not decay, and this library does not.
-_60M = "--model 60m --model.vocab_size 4096 --model.dtype bfloat16"
-SETTINGS = {"cpu": Setting(_TINY, 16, 300, 8, 128), "gpu": Setting(_60M, 128, 2000, 128, 256)}
 SCORED = 65_536  # held-out tokens at the end
-
-
-class Method(NamedTuple):
-    """Words of `python -m train`, and the learning rates that are searched."""
-
-    words: str
-    rates: Rates
-
-
-def doubling(first: float, count: int = 5) -> Rates:
-    """
-    >>> doubling(0.001, 3)
-    (0.001, 0.002, 0.004)
-    """
-    return tuple(first * 2**i for i in range(count))
-
-
-def named(name: str) -> str:
-    """The words of an optimizer."""
-    return f"--optimizer.name {name}"
-
-
-PROJECTED = doubling(0.004)
-GALORE = f"{named('galore')} --optimizer.rank RANK"
-OSD = f"{named('online_subspace_descent')} --optimizer.rank RANK"
-ONLINE_PCA = f"{OSD} --optimizer.projector online_pca"
-LORA = f"{named('adamw')} --lora.rank RANK --lora.freeze kernels"
-# With every learning rate and three seeds.
-METHODS = {
-    "AdamW, full rank": Method(named("adamw"), doubling(0.002)),
-    # The methods in a subspace give kernels a quarter of the rate that all else has: so does this.
-    "AdamW, kernels at 0.25": Method(f"{named('adamw')} --optimizer.scale 0.25", PROJECTED),
-    "GaLore": Method(GALORE, PROJECTED),
-    "OSD, online PCA": Method(ONLINE_PCA, PROJECTED),
-    "OSD, history PCA": Method(OSD, PROJECTED),
-    "LoRA": Method(LORA, doubling(0.002)),
-    "ReLoRA": Method(f"{LORA} --lora.merge_every MERGE --lora.rewarm_steps 10", doubling(0.002)),
-    "low-rank factors": Method(
-        f"{named('adamw')} --lora.rank RANK --lora.factorize", doubling(0.002)
-    ),
-    "APOLLO": Method(f"{named('apollo')} --optimizer.rank RANK", doubling(0.002)),
-}
-FULL = ("AdamW, full rank", "AdamW, kernels at 0.25")  # the better of which is the yardstick
-# With every learning rate and one seed.
-OTHERS = {
-    "AdamW, 8 bits": Method(named("adamw8bit"), doubling(0.001)),
-    "Adafactor": Method(named("adafactor"), doubling(0.001)),
-    "Lion": Method(named("lion"), doubling(0.0002)),
-    "SGD with momentum": Method(named("sgd"), doubling(0.05)),
-    "Muon": Method(named("muon"), doubling(0.002)),
-    "optax.contrib.galore": Method(f"{named('contrib_galore')} --optimizer.rank RANK", PROJECTED),
-    "APOLLO-Mini": Method(named("apollo_mini"), doubling(0.002)),
-    "Fira": Method(f"{named('fira')} --optimizer.rank RANK", doubling(0.002)),
-}
-
-
-# Multiples of the best rate, of which the best counts, where it may have moved.
-FACTORS = {"three times the steps": (1.0, 0.5, 0.25)}
-
-
-def ablations(setting: Setting) -> dict[str, dict[str, tuple[str, str]]]:
-    """Questions whose runs differ from a method's in few words, at its best rate, with one seed.
-
-    By question and label: the method, and the words that are added.
-    """
-    galore, online, history = "GaLore", "OSD, online PCA", "OSD, history PCA"
-    three = ((galore, "GaLore"), (online, "online PCA"), (history, "history PCA"))
-    rank, steps, tokens = setting.rank, setting.steps, setting.batch_size * setting.length
-    few = (rank // 4, rank // 2, rank, rank * 2)
-    lengths = (setting.length // 4, setting.length, setting.length * 4)
-    periods = (1, 10, 50, steps // 2, steps)
-    rules = ("svd", "subspace_iteration", "random_projection", "oja", "history_pca")
-    optimizers = ("online_pca", "online_pca_lion", "online_pca_sgd")
-    eight = "galore_adamw8bit", "online_subspace_adamw8bit"
-    return {
-        "rank": {
-            f"{label}, rank {r}": (method, f"--optimizer.rank {r}")
-            for (method, label), r in itertools.product(three, few)
-        },
-        "refresh period": {
-            f"GaLore, every {n}": (galore, f"--optimizer.every {n}") for n in periods
-        },
-        "projector rule": {
-            f"GaLore with {rule}": (galore, f"--optimizer.projector {rule}")
-            for rule in (*rules, *optimizers)
-        },
-        "side": {
-            f"{label}, {side}": (method, f"--optimizer.side {side}")
-            for (method, label) in (three[0], three[2])
-            for side in ("shorter", "longer", "left", "right", "both")
-        },
-        "moments": {
-            **{
-                f"GaLore, every 10, moments {m}": (
-                    galore,
-                    f"--optimizer.every 10 --optimizer.moments {m}",
-                )
-                for m in ("keep", "project", "reset")
-            },
-            **{
-                f"OSD, {label}, moments {m}": (method, f"--optimizer.moments {m}")
-                for (method, label), m in itertools.product(three[1:], ("keep", "project"))
-            },
-        },
-        "8 bits": {
-            "GaLore": (galore, ""),
-            "GaLore, 8 bits": (galore, named(eight[0])),
-            "GaLore, 8 bits and 4-bit bases": (
-                galore,
-                f"{named(eight[0])} --optimizer.projector_dtype linear4",
-            ),
-            "OSD, history PCA": (history, ""),
-            "OSD, history PCA, 8 bits": (history, named(eight[1])),
-        },
-        # The same tokens in a step.
-        "sequence length": {
-            f"{label}, {length} tokens": (
-                method,
-                f"--train.sequence_length {length} --train.batch_size {tokens // length}",
-            )
-            for (method, label), length in itertools.product(
-                (("AdamW, full rank", "AdamW"), (galore, "GaLore"), (history, "history PCA")),
-                lengths,
-            )
-        },
-        # A long run wants a lower rate.
-        "three times the steps": {name: (name, f"--train.steps {steps * 3}") for name in METHODS},
-        "fused backward": {
-            f"{label}{how}": (method, f"--optimizer.clip_norm None{words}")
-            for (method, label), (how, words) in itertools.product(
-                (("AdamW, full rank", "AdamW"), (galore, "GaLore")),
-                (("", ""), (", fused", " --train.fused_backward")),
-            )
-        },
-    }
 
 
 class Run(NamedTuple):
@@ -296,24 +144,6 @@ def _corpus(data: Any) -> Any:
     return corpus.load(data)
 
 
-def words_of(setting: str, *parts: str) -> str:
-    """The words of a run: those that come later count.
-
-    >>> words_of("cpu", GALORE, "--optimizer.rank 8").split()[-4:]
-    ['--optimizer.name', 'galore', '--optimizer.rank', '8']
-    """
-    base = SETTINGS[setting]
-    text = " ".join((base.all_words, *parts)).replace("RANK", str(base.rank))
-    found: dict[str, str] = {}
-    for word in shlex.split(text.replace("MERGE", str(base.steps // 4))):
-        if word.startswith("--"):
-            found.pop(last := word, None)
-            found[word] = ""  # a flag, until a value comes
-        else:
-            found[last] = word
-    return " ".join(f"{key} {value}".rstrip() for key, value in found.items())
-
-
 class Study:
     """The results' file, and what is still to be run."""
 
@@ -396,11 +226,6 @@ def _key(row: dict[str, Any]) -> tuple[str, float, int]:
     return row["words"], row["rate"], row["seed"]
 
 
-def all_methods() -> dict[str, Method]:
-    """Those with three seeds, then those with one."""
-    return {**METHODS, **OTHERS}
-
-
 def run_all(study: Study, questions: Sequence[str], seeds: int) -> None:
     """What the questions need, seed by seed, so that early results are whole."""
     if "methods" in questions:
@@ -410,12 +235,26 @@ def run_all(study: Study, questions: Sequence[str], seeds: int) -> None:
     if "others" in questions:
         for label, method in OTHERS.items():
             study.sweep(label, method, 1)
-    for question, label, words, rate in planned(study):
-        if question in questions:
-            study.run(label, words, rate, 0)
+    chosen = [plan for plan in planned(study) if plan.question in questions]
+    for plan in chosen:
+        study.run(plan.label, plan.words, plan.rate, 0)
+    for seed in range(1, seeds):
+        for question, rows in answers(study).items():
+            if question in questions and question in REPEATED:
+                for label, row in rows.items():
+                    study.run(label, row["words"], row["rate"], seed)
 
 
-def planned(study: Study) -> Iterator[tuple[str, str, str, float]]:
+class Plan(NamedTuple):
+    """A run of an ablation, with the first seed."""
+
+    question: str
+    label: str
+    words: str
+    rate: float
+
+
+def planned(study: Study) -> Iterator[Plan]:
     """The runs of the ablations, at the best rate (of seed 0) of the method that they change."""
     for question, entries in ablations(SETTINGS[study.setting]).items():
         for label, (name, words) in entries.items():
@@ -423,18 +262,27 @@ def planned(study: Study) -> Iterator[tuple[str, str, str, float]]:
             if (best := study.best(method, 1)) is not None:
                 for factor in FACTORS.get(question, (1.0,)):
                     whole = words_of(study.setting, method.words, words)
-                    yield question, label, whole, best[0] * factor
+                    yield Plan(question, label, whole, best[0] * factor)
 
 
 def answers(study: Study) -> dict[str, dict[str, dict[str, Any]]]:
-    """The rows of the ablations by question and label; of several rates that of the lowest loss."""
+    """The rows of the ablations by question and label, of several rates that of the lowest loss.
+
+    A row is that of seed 0, with `losses`, those of all its seeds from 0 on.
+    """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    loss = lambda row: math.inf if row["loss"] is None else row["loss"]
     for question, label, words, rate in planned(study):
         row, rows = study.get(words, rate, 0), found.setdefault(question, {})
-        if row is not None and (label not in rows or loss(row) < loss(rows[label])):
-            rows[label] = row
+        if row is not None and (label not in rows or _loss(row) < _loss(rows[label])):
+            seeds = itertools.takewhile(
+                bool, (study.get(words, rate, s) for s in itertools.count())
+            )
+            rows[label] = {**row, "losses": [_loss(other) for other in seeds if other]}
     return {question: rows for question, rows in found.items() if rows}
+
+
+def _loss(row: dict[str, Any]) -> float:
+    return math.inf if row["loss"] is None else row["loss"]
 
 
 def _shown(row: dict[str, Any]) -> str:
@@ -479,8 +327,17 @@ def tables(study: Study, seeds: int) -> str:
     ]
     text = [_timing.table(header, rows)]
     for question, lines in answers(study).items():
-        cells = [[label, f"{row['rate']:g}", _shown(row)] for label, row in lines.items()]
-        text.append(f"### {question}\n\n" + _timing.table(["", "rate", "held-out loss"], cells))
+        cells = []
+        for label, row in lines.items():
+            losses = row["losses"]
+            first = _shown(row)
+            spread = f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
+            mean = f"{np.mean(losses):.4f}" if len(losses) > 1 else ""
+            cells.append([label, f"{row['rate']:g}", first, str(len(losses)), mean, spread])
+        columns = ["", "rate", "loss, seed 0", "seeds", "mean", "sd"]
+        if all(len(row["losses"]) == 1 for row in lines.values()):
+            columns, cells = columns[:3], [line[:3] for line in cells]
+        text.append(f"### {question}\n\n" + _timing.table(columns, cells))
     return "\n\n".join(text)
 
 

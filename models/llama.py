@@ -306,13 +306,14 @@ def pieces(config: LlamaConfig) -> Pieces:
 def subspace_rules() -> tuple[tuple[str, Any], ...]:
     """Rules for `optax_subspace`: the seven stacked kernels are matrices, all else is left alone.
 
-    Input features are the reduction axis. Axes are counted from the end, so that the rules serve
-    the stack, whose axis 0 is the layer, one layer of it, and a list of layers. Of a kernel with
-    an adapter (`models.lora`) they take the base.
+    Input features are the reduction axis, on which a square kernel has its basis: GaLore's runs
+    have it on the right of torch's weights, which are (output, input). Axes are counted from the
+    end, so that the rules serve the stack, whose axis 0 is the layer, one layer of it, and a list
+    of layers. Of a kernel with an adapter (`models.lora`) they take the base.
     """
     from optax_subspace import MatrixSpec
 
-    kernel = MatrixSpec(reduction_axis=-2, output_axis=-1)
+    kernel = MatrixSpec(reduction_axis=-2, output_axis=-1, square_side="left")
     return (r"layers/(\d+/)?(q|k|v|o|gate|up|down)/kernel(/base)?$", kernel), (r".*", None)
 
 

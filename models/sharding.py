@@ -20,11 +20,10 @@ Array = jax.Array
 FSDP = "fsdp"
 
 # (regex on the path, axes counted from the end): split along the first of them that can be. Of each
-# kernel it is the longer side, the inputs of square ones: the projection of the shorter side then
-# needs no exchange, and moments are split as their weights.
-RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    (r"^layers/(q|k|v|o|down)/kernel(/base)?$", (-2, -1)),
-    (r"^layers/(gate|up)/kernel(/base)?$", (-1, -2)),
+# kernel (None) it is the longer side, the outputs of square ones: the projection of the shorter
+# side (`llama.subspace_rules`) then needs no exchange, and moments are split as their weights.
+RULES: tuple[tuple[str, tuple[int, ...] | None], ...] = (
+    (r"^layers/(q|k|v|o|gate|up|down)/kernel(/base)?$", None),
     (r"^layers/\w+/kernel/(lora_a|left)$", (-2,)),
     (r"^layers/\w+/kernel/(lora_b|right)$", (-1,)),
     (r"^(embed/embedding|head/kernel)$", (-1, -2)),
@@ -57,6 +56,8 @@ def specs(params: Any, parts: int, prefix: str = "") -> Any:
         name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
         for pattern, axes in RULES:
             if re.search(pattern, name):
+                if axes is None:
+                    axes = (-2, -1) if leaf.shape[-2] > leaf.shape[-1] else (-1, -2)
                 able = [a for a in axes if parts > 1 and leaf.shape[a] % parts == 0]
                 return PartitionSpec(*[None] * (len(leaf.shape) + able[0]), FSDP) if able else NONE
         raise ValueError(f"parameter {name} has no rule in models.sharding.RULES: add one")

@@ -2,6 +2,7 @@
 
 from optax_subspace._alias import galore, online_subspace_descent
 from optax_subspace._alias8bit import adamw8bit, galore_adamw8bit, online_subspace_adamw8bit
+from optax_subspace._alias_scaling import apollo, apollo_mini, fira
 from optax_subspace._blocks import Layout, Quantized, dequantize, quantize
 from optax_subspace._chaining import (
     InSubspaceState,
@@ -12,13 +13,7 @@ from optax_subspace._chaining import (
 )
 from optax_subspace._describe import Description, describe
 from optax_subspace._energy import Hamiltonian, hamiltonian
-from optax_subspace._gradient_scaling import (
-    GradientScalingState,
-    apollo,
-    apollo_mini,
-    fira,
-    scale_by_subspace_norms,
-)
+from optax_subspace._gradient_scaling import GradientScalingState, scale_by_subspace_norms
 from optax_subspace._hamiltonian import HamiltonianState, scale_by_hamiltonian_descent
 from optax_subspace._kinetic import (
     Kinetic,

@@ -63,8 +63,9 @@ def galore(
       side: side of the basis, ``shorter`` as in the published code; see :func:`plan`.
       projector: another rule than ``svd(every)``.
       rules: which leaves are projected, and how; see :func:`plan`.
-      inner: another transformation than GaLore's Adam; ``b1``, ``b2``, ``eps``, ``mu_dtype`` and
-        ``nu_dtype`` are then not used.
+      inner: another transformation than GaLore's Adam, without sign and learning rate of its own,
+        so ``optax.scale_by_lion()`` rather than ``optax.lion(...)``; ``b1``, ``b2``, ``eps``,
+        ``mu_dtype`` and ``nu_dtype`` are then not used.
       b1, b2: decay rates of the first and second moment.
       eps: added to the root of the second moment.
       mu_dtype, nu_dtype: dtypes in which the moments are stored, float32 by default.
@@ -159,7 +160,8 @@ def online_subspace_descent(
       moments: ``keep``, ``project`` or ``reset``; by default ``project`` with the default rule and
         ``keep``, as published, with another.
       side, rules, projector_dtype, stagger, accumulate, seed: see :func:`scale_by_subspace`.
-      inner: transformation in the subspace, Adam with ``eps=1e-6`` by default.
+      inner: transformation in the subspace, Adam with ``eps=1e-6`` by default; without sign and
+        learning rate of its own, see :func:`galore`.
       weight_decay: decoupled decay :math:`\lambda`, in full space and times the learning rate.
       mask: tree of booleans, or a function from parameters to one: which leaves decay.
 

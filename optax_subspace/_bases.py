@@ -226,8 +226,10 @@ class Subspace:
                 begun = used & ((old.age > 0) | jnp.any(low != 0, axis=(-2, -1)))
                 basis = basis._replace(age=old.age + begun.astype(jnp.int32))
                 moves = begun & (old.age > 0) & (basis.refreshes == old.refreshes)
-                follow_one = functools.partial(self._follow_leaf, plan, basis, moves)
-                leaves[plan.path], handed_on.after = follow_one(
+                leaves[plan.path], handed_on.after = self._follow_leaf(
+                    plan,
+                    basis,
+                    moves,
                     list(zip(found.products, found.energies, strict=True)) if found else None,
                     matrices,
                     projected,

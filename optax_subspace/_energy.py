@@ -11,6 +11,7 @@ import optax
 
 from optax_subspace._blocks import dequantize, without_variables
 from optax_subspace._describe import recorded
+from optax_subspace._gradient_scaling import GradientScalingState
 from optax_subspace._hamiltonian import HamiltonianState, weights_of
 from optax_subspace._kinetic import Kinetic, slope_of
 from optax_subspace._layerwise import FusedState
@@ -77,7 +78,8 @@ def hamiltonian(
     Raises:
       TypeError: ``kinetic`` is no :class:`Kinetic`.
       ValueError: the state holds no momentum, several for one parameter, momenta of different
-        kinetic energies, or some of a transformation that does not tell its own.
+        kinetic energies, some of a transformation that does not tell its own, or those of
+        :func:`scale_by_subspace_norms`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -99,6 +101,13 @@ def hamiltonian(
     if not isinstance(kinetic, Kinetic):
         raise TypeError(f"kinetic must be a Kinetic such as heavy_ball(0.9), got {kinetic!r}")
     state = without_variables(state)
+    scaled = lambda x: isinstance(x, GradientScalingState)
+    if any(map(scaled, jax.tree.leaves(state, is_leaf=scaled))):
+        raise ValueError(
+            "hamiltonian: the state holds a GradientScalingState: APOLLO and Fira move weights by "
+            "the gradient itself, not by the slope of a kinetic energy of their momenta, so that "
+            "no such energy falls: measure another transformation"
+        )
     scales = {p.path: p.scale for p in with_plans if isinstance(p, LeafPlan) and p.projected}
     found: list[str] = []
     energy, power = _energies(state, kinetic, scales, found)

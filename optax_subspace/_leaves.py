@@ -51,6 +51,9 @@ class MatrixSpec:
       output_axis: axis or axes of its output.
       rank: rank of this leaf's subspace.
       side: one of ``shorter``, ``longer``, ``left``, ``right``, ``both``, ``auto``.
+      square_side: the side that ``shorter`` takes where ``m == n``: ``right`` as in GaLore's code,
+        which has the output axis first, so that ``left`` is its choice for the same layer in Flax,
+        whose kernels are (input, output).
       scale: factor on this leaf's lifted update, a number or a schedule.
       projector: rule that finds and follows this leaf's basis.
       batch_split: the number of devices that the batch axes are split over, in their order: an int
@@ -67,6 +70,7 @@ class MatrixSpec:
     output_axis: Sequence[int] | int = 1
     rank: int | None = None
     side: str | None = None
+    square_side: str = "right"
     scale: Any = None
     projector: Projector | None = None
     batch_split: Sequence[int] | int = 1
@@ -84,6 +88,10 @@ class MatrixSpec:
             check_count("rank", self.rank)
         if self.side is not None:
             check_side(self.side)
+        if self.square_side not in ("left", "right"):
+            raise ValueError(
+                f"MatrixSpec: square_side must be left or right, got {self.square_side!r}"
+            )
         for devices in _as_tuple(self.batch_split):
             check_count("batch_split", devices)
 
@@ -248,7 +256,7 @@ def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
         shape,
         dtype,
         reason,
-        sides=_sides(override.side or side, m, n),
+        sides=_sides(override.side or side, m, n, override.square_side),
         rank=int(rank),
         batch=batch,
         reduction=reduction,
@@ -278,11 +286,10 @@ def _as_tuple(value: Sequence[int] | int) -> tuple[int, ...]:
     return (int(value),) if isinstance(value, int | np.integer) else tuple(value)
 
 
-def _sides(side: str, m: int, n: int) -> tuple[str, ...]:
-    # Ties as in the references: GaLore's "std" takes the right side of a square matrix,
-    # optax.contrib.galore the left one.
+def _sides(side: str, m: int, n: int, square_side: str) -> tuple[str, ...]:
+    # Ties are those of the references: optax.contrib.galore takes the left side of a square matrix.
     if side == "shorter":
-        return ("right",) if m >= n else ("left",)
+        return (square_side,) if m == n else ("right",) if m > n else ("left",)
     if side == "longer":
         return ("left",) if m >= n else ("right",)
     return ("left", "right") if side == "both" else (side,)

@@ -11,7 +11,7 @@ import optax
 from optax_subspace._blocks import dequantize, without_variables
 from optax_subspace._describe import planned
 from optax_subspace._leaves import LeafPlan, path_name
-from optax_subspace._projection import compute_dtype, project, to_matrices
+from optax_subspace._projection import compute_dtype, largest, project, to_matrices
 from optax_subspace._projection_state import LeafBasis, ProjectionState, plan_of
 
 
@@ -81,9 +81,7 @@ def subspace_metrics(
 def captured_energy(gradient: jax.Array, leaf: LeafBasis, plan: LeafPlan) -> jax.Array:
     """``||Q^T G||_F^2 / ||G||_F^2`` per slice, ``Q`` an orthonormal basis of the basis' span."""
     matrices = to_matrices(gradient.astype(compute_dtype(gradient.dtype)), plan)
-    # Scaled, so that squares neither overflow nor vanish.
-    largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True)
-    matrices = matrices / jnp.maximum(largest, jnp.finfo(matrices.dtype).tiny)
+    matrices = matrices / largest(matrices, (-2, -1))
     started = leaf.refreshes > 0
     spans = tuple(_spans(dequantize(b).astype(matrices.dtype)) for b in leaf.bases)
     inside = jnp.sum(project(matrices, spans, plan) ** 2, axis=(-2, -1))

@@ -16,6 +16,15 @@ def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """The largest magnitude over ``axes``, which stay as ones; a scalar without.
+
+    It is never zero: the squares of what is divided by it neither overflow nor vanish.
+    """
+    found = jnp.max(jnp.abs(x), axis=axes, keepdims=axes is not None)
+    return jnp.maximum(found, jnp.finfo(x.dtype).tiny)
+
+
 def to_matrices(leaf: jax.Array, plan: LeafPlan) -> jax.Array:
     """Reshapes a leaf to ``(*batch, m, n)``."""
     axes = plan.batch + plan.reduction + plan.output

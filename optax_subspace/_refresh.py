@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from optax_subspace._blocks import dequantize, is_quantized, quantize_like
 from optax_subspace._leaves import LeafPlan
+from optax_subspace._projection import largest
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import directions, squared_norm
 
@@ -142,9 +143,7 @@ def refresh(
         due, matrix = arrays
 
         def scaled():
-            # So that a rule's squares neither overflow nor vanish.
-            largest = jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
-            return (matrix if side == "left" else matrix.T) / largest
+            return (matrix if side == "left" else matrix.T) / largest(matrix)
 
         # The branch keeps XLA from computing, ahead of the loop and so on every step, whatever the
         # rule needs of a gradient that is the only slice of its leaf.
@@ -175,9 +174,8 @@ def follow(
 
     def move(arrays, old):
         matrix, low = arrays
-        # Scaled, so that squares neither overflow nor vanish.
         matrix, low = (matrix, low) if side == "left" else (matrix.T, low.T)
-        scale = jnp.maximum(jnp.max(jnp.abs(low)), jnp.finfo(matrix.dtype).tiny)
+        scale = largest(low)
         low = low / scale
         if rule.relative_to == "gradient":
             squared = jnp.sum((matrix / scale) ** 2)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_subspace._blocks import dequantize
-from optax_subspace._projection import compute_dtype
+from optax_subspace._projection import compute_dtype, largest
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import directions, squared_norm
 from optax_subspace._refresh import checked
@@ -159,8 +159,7 @@ def _followed(
         low = _contract(_narrow(x, basis), dy)
     elif side == "right":
         low = low.T
-    # Scaled, so that squares neither overflow nor vanish.
-    scale = jnp.maximum(jnp.max(jnp.abs(low)), jnp.finfo(low.dtype).tiny)
+    scale = largest(low)
     low = low / scale
     seen_by = directions(dy.shape[1], low.dtype)
     seen = _contract(x, _narrow(dy, seen_by)) / scale
@@ -197,8 +196,7 @@ class Gradient:
 
     def scaled(self) -> Gradient:
         """Neither squares of its factors nor their products overflow or vanish."""
-        one = lambda a: a / jnp.maximum(jnp.max(jnp.abs(a)), jnp.finfo(a.dtype).tiny)
-        return Gradient(one(self.x), one(self.d))
+        return Gradient(self.x / largest(self.x), self.d / largest(self.d))
 
 
 def _refreshed(how: How, gradient: Gradient, bases: Any, rules: Any, due: jax.Array) -> Any:
@@ -211,7 +209,7 @@ def _refreshed(how: How, gradient: Gradient, bases: Any, rules: Any, due: jax.Ar
             some = matrix @ jax.random.normal(jax.random.key(0), (matrix.shape[1], 1))
         else:
             some = matrix
-            matrix = matrix / jnp.maximum(jnp.max(jnp.abs(matrix)), jnp.finfo(matrix.dtype).tiny)
+            matrix = matrix / largest(matrix)
         usable = jnp.all(jnp.isfinite(some)) & jnp.any(some != 0)
         sides = [
             checked(how.rule.update, matrix if side == "left" else matrix.T, basis, state)

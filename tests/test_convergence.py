@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from benchmarks import convergence
+from benchmarks import _methods, convergence
 from benchmarks.convergence import METHODS, OTHERS, Method, Run, Study, words_of
 from tests.train_helpers import TINY, write_text
 from train.cli import main, parse
@@ -102,7 +102,7 @@ def test_a_run_is_that_of_the_command_that_it_writes(words, tmp_path, monkeypatc
     tiny |= {"--data.path": str(write_text(tmp_path / "text"))}
     tiny["--data.cache_dir"] = str(tmp_path / "cache")
     base = " ".join(f"{key} {value}" for key, value in tiny.items())
-    setting = convergence.Setting(base, 4, steps, batch_size, length)
+    setting = _methods.Setting(base, 4, steps, batch_size, length)
     monkeypatch.setitem(convergence.SETTINGS, "cpu", setting)
     study = Study(tmp_path / "results.jsonl", "cpu")
     row = study.run("", words_of("cpu", words), 0.02, 3)

@@ -26,7 +26,11 @@ def gradients(shape, steps=6):
 
 
 def published(found, basis, on_left, per, residual, alpha, growth):
-    """The papers' algorithms on one matrix, in plain NumPy and double precision."""
+    """The papers' algorithms on one matrix, in plain NumPy and double precision.
+
+    As here, the limiter sees Adam's update with its bias correction; the public codes multiply by
+    it after the limiter, which with `growth=np.inf` is the same.
+    """
     mean = square = norm = None
     updates = []
     for t, gradient in enumerate(found, 1):

@@ -348,6 +348,10 @@ def test_errors_tell_what_to_do():
         osub.hamiltonian(1.0, tx.init(params), tx, params, 0.1)
     with pytest.raises(ValueError, match="holds no momentum"):
         osub.hamiltonian(1.0, tx.init(params), tx, params, 0.1, kinetic=osub.heavy_ball())
+    for alias in (osub.apollo, osub.fira):
+        tx = alias(0.1, rank=2)
+        with pytest.raises(ValueError, match="APOLLO and Fira move weights by the gradient"):
+            osub.hamiltonian(1.0, tx.init(params), tx, params, 0.1)
     one = osub.scale_by_hamiltonian_descent(osub.heavy_ball())
     twice = optax.chain(one, one)
     with pytest.raises(ValueError, match="square has two momenta"):

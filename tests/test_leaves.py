@@ -31,6 +31,14 @@ def test_sides(shape, shorter, longer):
     assert side("both").basis_shapes == ((shape[0], 4), (shape[1], 4))
 
 
+def test_square_matrices_have_a_side_of_their_own():
+    rules = [("", MatrixSpec(square_side="left"))]
+    side = lambda shape, s: plans({"w": shape}, rules, rank=4, side=s)["w"].side
+    assert side((16, 16), "shorter") == side((16, 16), "longer") == "left"
+    assert side((16, 16), "right") == "right"
+    assert side((20, 12), "shorter") == "right" and side((12, 20), "shorter") == "left"
+
+
 def test_leaves_left_alone_and_why():
     found = plans(
         {
@@ -127,6 +135,8 @@ def test_bad_rules():
         plans(shapes, ["w"])
     with pytest.raises(ValueError, match="side"):
         MatrixSpec(side="up")
+    with pytest.raises(ValueError, match="square_side must be left or right, got 'both'"):
+        MatrixSpec(square_side="both")
     with pytest.raises(ValueError, match="rank"):
         MatrixSpec(rank=-1)
     with pytest.raises(TypeError, match="projector must be a Projector .* got 'svd'"):

@@ -280,6 +280,8 @@ class TestParameters:
         pytest.importorskip("optax_subspace")
         (kernels, spec), (others, none) = subspace_rules()
         assert (spec.reduction_axis, spec.output_axis) == (-2, -1)
+        # GaLore's side of the same weight in torch, which is (outputs, inputs).
+        assert spec.square_side == "left"
         assert none is None
         flat, _ = jax.tree_util.tree_flatten_with_path(params_of(SMALL))
         names = ["/".join(key.key for key in path) for path, _ in flat]

@@ -88,6 +88,22 @@ def test_equals_the_published_galore_adamw(golden, tag, side, method):
             assert relative(nu, golden[f"{tag}/exp_avg_sq{i}"][step]) < 1e-5
 
 
+def test_a_flax_kernel_is_the_torch_weight_transposed(golden):
+    # Also where it is square: of (inputs, outputs) the inputs, GaLore's side of (outputs, inputs).
+    tag = "std_gap1000_wd0.0"
+    rules = [("", osub.MatrixSpec(square_side="left"))]
+    params = {f"w{i}": jnp.asarray(golden[f"init{i}"].T) for i in range(3)}
+    assert [p.side for p in osub.plan(params, rules, rank=4)] == ["right", "left", "left"]
+    tx = osub.galore(learning_rate=0.01, rank=4, projector=osub.svd(1000), rules=rules)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(12):
+        grads = {f"w{i}": golden[f"grads{i}"][step].T for i in range(3)}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for i in range(3):
+            assert relative(params[f"w{i}"], golden[f"{tag}/params{i}"][step].T) < 1e-5
+
+
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
 
 
