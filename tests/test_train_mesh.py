@@ -166,10 +166,12 @@ def test_state_of_a_split_weight_is_split(found):
 
 
 def test_each_parameter_has_a_rule_and_what_cannot_be_split_is_not():
-    weight = {"layers": {"gate": {"kernel": jnp.ones((2, 8, 6))}}}
+    weight = {"layers": {"gate": {"kernel": jnp.ones((2, 6, 10))}}}
     spec = lambda parts: tuple(sharding.specs(weight, parts)["layers"]["gate"]["kernel"])
     assert spec(1) == () and spec(2) == (None, None, "fsdp")
-    assert spec(4) == (None, "fsdp") and spec(16) == ()
+    assert spec(3) == (None, "fsdp") and spec(16) == ()
+    square = {"layers": {"q": {"kernel": jnp.ones((2, 8, 8))}}}  # whose basis is on the inputs
+    assert tuple(sharding.specs(square, 2)["layers"]["q"]["kernel"]) == (None, None, "fsdp")
     with pytest.raises(ValueError, match="layers/new/kernel has no rule in models.sharding"):
         sharding.specs({"layers": {"new": {"kernel": jnp.ones((2, 2))}}}, 2)
     adapted = LoraKernel(jnp.ones((2, 8, 6)), jnp.ones((2, 8, 2)), jnp.ones((2, 2, 6)), 1.0)
