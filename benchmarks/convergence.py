@@ -126,7 +126,6 @@ class Runner:
                 round(float(x.mean()), 4) for x in np.array_split(whole, max(1, train.steps // 10))
             ],
             "state_bytes": tree_bytes(state.opt_state),
-            "trained": int(sum(x.size for x in jax.tree.leaves(state.params))),
         }
 
     def _score(self, params: Any, tokens: int) -> float:

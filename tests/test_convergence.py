@@ -23,7 +23,7 @@ class Valley:
     def __call__(self, rate, seed):
         self.made.append((self.words, rate, seed))
         loss = None if rate > 0.5 else (rate / 0.032 - 1) ** 2 + 0.1 * seed
-        return {"loss": loss, "curve": [], "train": [], "state_bytes": 1, "trained": 1}
+        return {"loss": loss, "curve": [], "train": [], "state_bytes": 1}
 
 
 @pytest.fixture
