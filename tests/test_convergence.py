@@ -66,6 +66,20 @@ def test_the_tables_tell_what_there_is(study):
     assert "### 8 bits" in table  # those of its entries that are another question's runs
 
 
+def test_ablations_that_are_repeated_keep_their_rate(study):
+    study.sweep("GaLore", METHODS["GaLore"], 1)
+    Valley.made.clear()
+    convergence.run_all(study, ["refresh period", "rank"], 3)
+    made = {(words, seed) for words, _, seed in Valley.made}
+    assert {rate for _, rate, _ in Valley.made} == {0.032}
+    every = words_of("cpu", METHODS["GaLore"].words, "--optimizer.every 10")
+    rank = words_of("cpu", METHODS["GaLore"].words, "--optimizer.rank 8")
+    assert {(every, 0), (every, 1), (every, 2), (rank, 0)} <= made and (rank, 1) not in made
+    row = convergence.answers(study)["refresh period"]["GaLore, every 10"]
+    assert row["seed"] == 0 and row["losses"] == pytest.approx([0, 0.1, 0.2])
+    assert "0.1000  0.1000" in convergence.tables(study, 1)
+
+
 def test_all_words_are_the_trainers():
     for setting, found in convergence.SETTINGS.items():
         for method in convergence.all_methods().values():
