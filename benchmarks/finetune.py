@@ -76,19 +76,23 @@ def evaluate(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The results in Markdown.
+    """The results in Markdown; a star tells that the best rate is the last one that was tried.
 
     >>> row = {"method": "LOMO", "rate": 0.1, "loss": 1.0, "accuracy": 0.5,
     ...        "accuracy_per_byte": 0.25, "standard_error": 0.01}
     >>> print(table([row]).splitlines()[-1])
-    | LOMO | 0.1 | 1.000 | 50.0 % | 25.0 % | 1.0 % |
+    | LOMO | 0.1* | 1.000 | 50.0 % | 25.0 % | 1.0 % |
     """
     lines = ["| method | learning rate | held-out loss | accuracy | per byte | standard error |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
         loss = "" if row["loss"] is None else f"{row['loss']:.3f}"
         shares = (row["accuracy"], row["accuracy_per_byte"], row["standard_error"])
-        cells = [row["method"], row["rate"] or "", loss, *(f"{100 * s:.1f} %" for s in shares)]
+        tried = METHODS[row["method"]].rates if row["rate"] else ()
+        rate = f"{row['rate']:g}" if tried else ""
+        if tried and row["rate"] in (min(tried), max(tried)):
+            rate += "*"
+        cells = [row["method"], rate, loss, *(f"{100 * s:.1f} %" for s in shares)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
