@@ -276,7 +276,7 @@ def answers(study: Study) -> dict[str, dict[str, dict[str, Any]]]:
             seeds = itertools.takewhile(
                 bool, (study.get(words, rate, s) for s in itertools.count())
             )
-            rows[label] = {**row, "losses": [_loss(other) for other in seeds if other]}
+            rows[label] = {**row, "losses": [_loss(other) for other in seeds]}
     return {question: rows for question, rows in found.items() if rows}
 
 
