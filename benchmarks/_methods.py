@@ -100,7 +100,7 @@ REPEATED = ("refresh period", "side", "moments", "three times the steps")
 
 
 def ablations(setting: Setting) -> dict[str, dict[str, tuple[str, str]]]:
-    """Questions whose runs differ from a method's in few words, at its best rate, with one seed.
+    """Questions whose runs differ from a method's in few words, at its best rate.
 
     By question and label: the method, and the words that are added.
     """

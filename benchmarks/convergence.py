@@ -191,8 +191,7 @@ class Study:
         for rate in sorted(rates):
             rows = [self.get(words, rate, seed) for seed in range(seeds)]
             if all(row is not None for row in rows):
-                losses = [row["loss"] for row in rows if row is not None]
-                found[rate] = [math.inf if x is None else x for x in losses]
+                found[rate] = [_loss(row) for row in rows if row is not None]
         return found
 
     def best(self, method: Method, seeds: int) -> tuple[float, list[float]] | None:
@@ -234,9 +233,9 @@ def run_all(study: Study, questions: Sequence[str], seeds: int) -> None:
     if "others" in questions:
         for label, method in OTHERS.items():
             study.sweep(label, method, 1)
-    chosen = [plan for plan in planned(study) if plan.question in questions]
-    for plan in chosen:
-        study.run(plan.label, plan.words, plan.rate, 0)
+    for question, label, words, rate in planned(study):
+        if question in questions:
+            study.run(label, words, rate, 0)
     for seed in range(1, seeds):
         for question, rows in answers(study).items():
             if question in questions and question in REPEATED:
@@ -244,24 +243,18 @@ def run_all(study: Study, questions: Sequence[str], seeds: int) -> None:
                     study.run(label, row["words"], row["rate"], seed)
 
 
-class Plan(NamedTuple):
-    """A run of an ablation, with the first seed."""
+def planned(study: Study) -> Iterator[tuple[str, str, str, float]]:
+    """Question, label, words and rate of the ablations' runs with the first seed.
 
-    question: str
-    label: str
-    words: str
-    rate: float
-
-
-def planned(study: Study) -> Iterator[Plan]:
-    """The runs of the ablations, at the best rate (of seed 0) of the method that they change."""
+    The rate is the best one (of seed 0) of the method that they change.
+    """
     for question, entries in ablations(SETTINGS[study.setting]).items():
         for label, (name, words) in entries.items():
             method = METHODS[name]
             if (best := study.best(method, 1)) is not None:
                 for factor in FACTORS.get(question, (1.0,)):
                     whole = words_of(study.setting, method.words, words)
-                    yield Plan(question, label, whole, best[0] * factor)
+                    yield question, label, whole, best[0] * factor
 
 
 def answers(study: Study) -> dict[str, dict[str, dict[str, Any]]]:
@@ -328,11 +321,10 @@ def tables(study: Study, seeds: int) -> str:
     for question, lines in answers(study).items():
         cells = []
         for label, row in lines.items():
-            losses = row["losses"]
-            first = _shown(row)
-            spread = f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
-            mean = f"{np.mean(losses):.4f}" if len(losses) > 1 else ""
-            cells.append([label, f"{row['rate']:g}", first, str(len(losses)), mean, spread])
+            losses, mean, spread = row["losses"], "", ""
+            if len(losses) > 1:
+                mean, spread = f"{np.mean(losses):.4f}", f"{np.std(losses, ddof=1):.4f}"
+            cells.append([label, f"{row['rate']:g}", _shown(row), str(len(losses)), mean, spread])
         columns = ["", "rate", "loss, seed 0", "seeds", "mean", "sd"]
         if all(len(row["losses"]) == 1 for row in lines.values()):
             columns, cells = columns[:3], [line[:3] for line in cells]

@@ -4,6 +4,7 @@ import dataclasses
 
 from train.config import (
     ADAMW,
+    APOLLO,
     MOMENTA,
     PROJECTED,
     SCALED,
@@ -118,9 +119,8 @@ def validate(config: Config) -> None:
             f"--optimizer.side {config.optimizer.side}: {config.optimizer.name} scales along the "
             "axis that is not projected, and there may be none; give shorter, longer, left or right"
         )
-    apollos = config.optimizer.name in ("apollo", "apollo_mini")
     random = config.optimizer.projector in (None, "random_projection")
-    if apollos and random and config.optimizer.moments == "project":
+    if config.optimizer.name in APOLLO and random and config.optimizer.moments == "project":
         raise UsageError(
             f"--optimizer.moments project: the random bases of {config.optimizer.name} are not "
             "orthonormal, as turning moments needs them; give keep or reset"

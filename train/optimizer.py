@@ -39,6 +39,7 @@ from optax_subspace import (
 )
 from train import baselines
 from train.config import (
+    APOLLO,
     FIRST_MOMENTS_ALONE,
     MOMENTA,
     PROJECTED,
@@ -188,8 +189,7 @@ def _projector(config: OptimizerConfig) -> Projector:
         case "subspace_iteration":
             return subspace_iteration(config.every)
         case "random_projection":
-            apollos = config.name in ("apollo", "apollo_mini")
-            return random_projection(config.every, orthonormal=not apollos)
+            return random_projection(config.every, orthonormal=config.name not in APOLLO)
         case "online_pca":
             return online_pca()
         case "online_pca_lion":
