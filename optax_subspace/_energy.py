@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._blocks import dequantize, without_variables
+from optax_subspace._blocks import dequantize, is_quantized, without_variables
 from optax_subspace._describe import recorded
 from optax_subspace._gradient_scaling import GradientScalingState
 from optax_subspace._hamiltonian import HamiltonianState, weights_of
@@ -58,15 +58,15 @@ def hamiltonian(
     over all leaves, :math:`\alpha` being the scale of :func:`scale_by_subspace` where a leaf is
     projected, else one. It is a pure function, which may be traced, of the state between two steps:
     the loss is that of the parameters which the state's last update led to, on the same data each
-    time. A learning rate or scale that changes also changes :math:`H`. Where Adam's squares were
-    rounded away in storage (8 bits, float16), the smallest stand in that its momentum allows.
+    time. A learning rate or scale that changes also changes :math:`H`. Of Adam's squares in fewer
+    than 32 bits, which may have been rounded away, the smallest stand in that its momentum allows.
 
     Args:
-      loss: :math:`L(W)`.
+      loss: :math:`L(W)`, a scalar.
       state: of ``tx``, or of :func:`fused_backward` with it.
       tx: the transformation; chains, masks, subspaces and quantized state are looked into.
       params: the parameters; only shapes are read.
-      learning_rate: :math:`\eta` of the last step.
+      learning_rate: :math:`\eta` of the last step, a scalar; of a schedule its value there.
       kinetic: the kinetic energy, for transformations that are not made by
         :func:`scale_by_hamiltonian_descent` and keep a running mean ``mu``, such as
         ``optax.scale_by_adam`` with ``adam_kinetic``.
@@ -76,10 +76,12 @@ def hamiltonian(
       A :class:`Hamiltonian` of float32 scalars (float64 if a leaf is).
 
     Raises:
-      TypeError: ``kinetic`` is no :class:`Kinetic`.
+      TypeError: ``kinetic`` is no :class:`Kinetic`, ``previous`` no :class:`Hamiltonian`,
+        ``learning_rate`` a schedule.
       ValueError: the state holds no momentum, several for one parameter, momenta of different
         kinetic energies, some of a transformation that does not tell its own, or those of
-        :func:`scale_by_subspace_norms`.
+        :func:`scale_by_subspace_norms`; it is not the state of ``tx`` and ``params``; ``loss`` or
+        ``learning_rate`` has a shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -95,11 +97,24 @@ def hamiltonian(
       >>> bool(energy.dissipation > 0), bool(energy.kinetic > 0)
       (True, True)
     """
-    with_plans, _ = recorded(tx, params)
-    if kinetic is None:
-        kinetic = _told([k for k in with_plans if isinstance(k, Kinetic)], state)
-    if not isinstance(kinetic, Kinetic):
+    if kinetic is not None and not isinstance(kinetic, Kinetic):
         raise TypeError(f"kinetic must be a Kinetic such as heavy_ball(0.9), got {kinetic!r}")
+    if previous is not None and not isinstance(previous, Hamiltonian):
+        raise TypeError(f"previous must be what hamiltonian returned, got {previous!r}")
+    if callable(learning_rate):
+        raise TypeError(
+            "hamiltonian: learning_rate must be a number, got a schedule: give its value at the "
+            "last step, schedule(count - 1)"
+        )
+    for label, number in (("loss", loss), ("learning_rate", learning_rate)):
+        if jnp.shape(number):
+            raise ValueError(
+                f"hamiltonian: {label} must be a scalar, got shape {jnp.shape(number)}"
+            )
+    with_plans, _ = recorded(tx, params)
+    told = [k for k in with_plans if isinstance(k, Kinetic)]
+    _check_alike(told, state)
+    kinetic = _told(told, state) if kinetic is None else kinetic
     state = without_variables(state)
     scaled = lambda x: isinstance(x, GradientScalingState)
     if any(map(scaled, jax.tree.leaves(state, is_leaf=scaled))):
@@ -146,12 +161,6 @@ def _told(kinetics: list[Kinetic], state: Any) -> Kinetic:
                 "hamiltonian: optax.inject_hyperparams makes the kinetic energy anew at every "
                 f"step, of what is in the state: {remedy}"
             )
-    different = [k for i, k in enumerate(kinetics) if k not in kinetics[:i]]
-    if len(different) > 1:
-        raise ValueError(
-            f"hamiltonian: tx holds momenta of {len(different)} different kinetic energies: "
-            "measure the parts of the state one by one, each with its own part of tx"
-        )
     for node in _nodes(state):
         if _is_momentum(node) and not isinstance(node, HamiltonianState):
             raise ValueError(
@@ -159,7 +168,26 @@ def _told(kinetics: list[Kinetic], state: Any) -> Kinetic:
                 "scale_by_hamiltonian_descent: measure the parts of the state one by one, each "
                 "with its own part of tx"
             )
-    return different[0]
+    return kinetics[0]
+
+
+def _check_alike(kinetics: list[Kinetic], state: Any) -> None:
+    """One energy is that of one sort of momentum, whoever tells it."""
+    remedy = "measure the parts of the state one by one, each with its own part of tx"
+    # (Numbers of optax.inject_hyperparams are known at a step alone.)
+    fixed = [k for k in kinetics if not any(isinstance(x, jax.Array) for x in k)]
+    different = [k for i, k in enumerate(fixed) if k not in fixed[:i]]
+    if len(different) > 1:
+        raise ValueError(
+            f"hamiltonian: tx holds momenta of {len(different)} different kinetic energies: "
+            f"{remedy}"
+        )
+    sorts = list(dict.fromkeys(type(n).__name__ for n in _nodes(state) if _is_momentum(n)))
+    if len(sorts) > 1:
+        raise ValueError(
+            f"hamiltonian: the state holds a {sorts[1]} beside a {sorts[0]}, momenta of different "
+            f"transformations: {remedy}"
+        )
 
 
 def _nodes(state: Any) -> list[Any]:
@@ -222,28 +250,37 @@ def _leaf_energies(
                 "hamiltonian: the kinetic energy needs means of squares (nu), of which "
                 f"{type(node).__name__} holds none: it is that of another transformation"
             )
-        squares = jax.tree.leaves(dequantize(node.nu))
+        squares = jax.tree.leaves(node.nu, is_leaf=is_quantized)
     begun, last = node.count > 0, jnp.maximum(node.count - 1, 0)
     for (path, s), v in zip(means, squares, strict=True):
         name = path_name(path)
         found.append(name)
+        if (name in scales) != (name in projected):
+            there, missing = ("tx", "the state") if name in scales else ("the state", "tx")
+            raise ValueError(
+                f"hamiltonian: {name} is projected by {there} and not by {missing}: give the whole "
+                "state of this tx, and the parameters of its init"
+            )
         if not s.size:
             continue
-        scale = scales[name] if name in projected else 1.0
+        scale = scales.get(name, 1.0)
         scale = scale(last) if callable(scale) else scale  # of the step that ended here
         s = s.astype(compute_dtype(s.dtype))
-        v = None if v is None else _at_least(v.astype(s.dtype), s, kinetic)
+        v = None if v is None else _squares(v, s, kinetic)
         weights = weights_of(kinetic, last + 1, s.dtype)
         energy, power = kinetic.energy(s, v, weights), jnp.sum(s * slope(s, v, weights))
         yield jnp.where(begun, scale * energy, 0), jnp.where(begun, scale * power, 0)
 
 
-def _at_least(squares: jax.Array, mean: jax.Array, kinetic: Kinetic) -> jax.Array:
+def _squares(stored: Any, mean: jax.Array, kinetic: Kinetic) -> jax.Array:
     """The mean of squares, where storage has rounded it away the least that there can be.
 
     By Cauchy and Schwarz ``(sum a d^k g_k)^2 <= sum (a d^k)^2 / w_k * sum w_k g_k^2`` with the
     weights ``w_k = (1 - b) b^k`` of the squares, which bounds any mean by its squares' mean.
     """
+    squares = dequantize(stored).astype(mean.dtype)
+    if not is_quantized(stored) and jnp.finfo(stored.dtype).bits >= 32:
+        return squares  # and of moments that were turned, the bound does not hold
     a, b = kinetic.damping, kinetic.squares
     assert b is not None
     ratio = (1 - a) ** 2 / b

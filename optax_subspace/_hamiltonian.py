@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -58,8 +59,11 @@ def scale_by_hamiltonian_descent(
       A transformation with state :class:`HamiltonianState`.
 
     Raises:
-      TypeError: ``kinetic`` is no :class:`Kinetic`; at ``init``, a complex or integer leaf.
-      ValueError: ``damping``, or the kinetic's ``lookahead`` or ``squares``, is not within (0, 1].
+      TypeError: ``kinetic`` is no :class:`Kinetic`; ``mu_dtype`` or ``nu_dtype`` is no
+        floating-point dtype; at ``init``, a complex or integer leaf.
+      ValueError: ``damping``, or the kinetic's ``lookahead``, is no number within (0, 1], its
+        ``squares`` none within [0, 1); a ``bias_correction`` whose look-ahead needs the momentum
+        that a damping of one forgets.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -78,10 +82,19 @@ def scale_by_hamiltonian_descent(
     if damping is not None:
         kinetic = kinetic._replace(damping=damping)
     for name in ("damping", "lookahead", "squares"):
-        value = getattr(kinetic, name)
-        optional = name != "damping" and value is None
-        if not (optional or isinstance(value, jax.Array) or 0 < value <= 1):
-            raise ValueError(f"{name} must be within (0, 1], got {value}")
+        _check_share(name, getattr(kinetic, name), optional=name != "damping")
+    given = isinstance(kinetic.lookahead, numbers.Real) and kinetic.lookahead < 1
+    if kinetic.bias_correction and given and _forgets(kinetic):
+        raise ValueError(
+            f"damping=1 keeps nothing of the momentum, of which a lookahead={kinetic.lookahead} "
+            "with bias_correction takes a part: take a smaller damping"
+        )
+    for name, dtype in (("mu_dtype", mu_dtype), ("nu_dtype", nu_dtype)):
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name} must be a floating-point dtype, got {jnp.dtype(dtype).name}: for 8 bits "
+                "wrap the transformation in quantize_state"
+            )
     slope = slope_of(kinetic)
 
     def init_fn(params):
@@ -134,6 +147,20 @@ def scale_by_hamiltonian_descent(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def _check_share(name: str, value: Any, optional: bool) -> None:
+    """Of the weight that a new gradient has in the momentum, or an old square in the squares."""
+    if isinstance(value, jax.Array) or (optional and value is None):
+        return
+    within = "[0, 1)" if name == "squares" else "(0, 1]"
+    number = isinstance(value, numbers.Real)
+    if not number or not (0 <= value < 1 if name == "squares" else 0 < value <= 1):
+        raise ValueError(f"{name} must be a number within {within}, got {value!r}")
+
+
+def _forgets(kinetic: Kinetic) -> bool:
+    return not isinstance(kinetic.damping, jax.Array) and kinetic.damping == 1
+
+
 def _mean(old: jax.Array, new: jax.Array, decay: Any) -> jax.Array:
     return decay * old + (1 - decay) * new
 
@@ -147,7 +174,9 @@ def _point(
         return new
     if not kinetic.bias_correction:
         return _mean(old, gradient, 1 - c)
-    # The same as a sum of the new mean and of the gradient, each without its bias.
+    if not isinstance(c - a, jax.Array) and c == a:
+        return new / weights_of(kinetic, count, new.dtype)[0]
+    # A sum of the new mean and of the gradient, each without its bias.
     share = (1 - c) / (1 - a)
     ahead, now = (weights_of(kinetic, n, new.dtype)[0] for n in (count + 1, count))
     return share * new / ahead + (c - a * share) * gradient / now

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from optax_subspace._norms import (
 )
 from optax_subspace._projectors._base import check_count
 
-# Muon's, by which five steps bring all singular values to between 0.7 and 1.2.
+# Muon's: five steps bring singular values above a hundredth of the norm to between 0.68 and 1.14.
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -41,7 +43,8 @@ class Kinetic(NamedTuple):
       squares: decay of the running mean of the squared gradients; None if there is none.
       bias_correction: with a ``lookahead``: that point as a sum of :math:`S'` and :math:`G`, of
         which the first is divided by ``1 - decay**(steps + 1)``, the second by
-        ``1 - decay**steps``, as optax does for Nesterov's momentum.
+        ``1 - decay**steps``, as optax does for Nesterov's momentum; where it is the damping,
+        :math:`S'` by ``1 - decay**steps``. The theorem holds once these are about one.
 
     Example:
       A kinetic energy of one's own is a convex function:
@@ -69,13 +72,16 @@ def slope_of(kinetic: Kinetic) -> Callable[..., jax.Array]:
 
 
 def _once(function: Callable[..., Kinetic]) -> Callable[..., Kinetic]:
-    """The same kinetic energy for the same numbers, so that two of them are equal."""
+    """The same kinetic energy for the same numbers however spelled, so that two are equal."""
+    signature = inspect.signature(function)
     made = functools.cache(function)
 
     @functools.wraps(function)
     def make(*args: Any, **kwargs: Any) -> Kinetic:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
         try:
-            return made(*args, **kwargs)
+            return made(*bound.args, **bound.kwargs)
         except TypeError as error:
             if "unhashable" not in str(error):
                 raise
@@ -87,6 +93,9 @@ def _once(function: Callable[..., Kinetic]) -> Callable[..., Kinetic]:
 @_once
 def heavy_ball(decay: float = 0.9) -> Kinetic:
     r"""Polyak's momentum, :math:`K(S) = \|S\|^2 / 2 (1 - d)`: equal to ``optax.trace(decay)``.
+
+    ``state.mu`` is a mean, ``optax.trace``'s the sum :math:`S / (1 - d)`; so the two differ where
+    ``decay`` itself follows a schedule.
 
     Args:
       decay: :math:`d`, of the momentum at each step.
@@ -172,8 +181,8 @@ def adam_kinetic(
     """
     _check_decay("adam_kinetic: b1", b1)
     _check_decay("adam_kinetic: b2", b2)
-    if not isinstance(eps, jax.Array) and not eps > 0:
-        raise ValueError(f"adam_kinetic: eps must be positive, got {eps}")
+    if not isinstance(eps, jax.Array) and not (_is_real(eps) and eps > 0):
+        raise ValueError(f"adam_kinetic: eps must be positive, got {eps!r}")
 
     def gradient(s, nu, weights):
         of_s, of_nu = weights if bias_correction else (1.0, 1.0)
@@ -185,7 +194,6 @@ def adam_kinetic(
     return Kinetic(energy, gradient, damping=1 - b1, squares=b2)
 
 
-@_once
 def lion_kinetic(b1: float = 0.9, b2: float = 0.99, *, smoothing: float = 0.0) -> Kinetic:
     r"""Lion, :math:`K(S) = \|S\|_1`: equal to ``optax.scale_by_lion``.
 
@@ -213,7 +221,6 @@ def lion_kinetic(b1: float = 0.9, b2: float = 0.99, *, smoothing: float = 0.0) -
     return lion_k(1, b1, b2, smoothing=smoothing)
 
 
-@_once
 def lion_k(
     norm: float | str,
     b1: float = 0.9,
@@ -222,6 +229,7 @@ def lion_k(
     smoothing: float = 0.0,
     coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
     steps: int = 5,
+    eps: float = 0.0,
     bias_correction: bool = False,
 ) -> Kinetic:
     r"""Lion with another norm as kinetic energy, whose gradient has length one in the dual norm.
@@ -242,8 +250,8 @@ def lion_k(
     ==================  ==================================================================
 
     ``optax.contrib.scale_by_muon`` is
-    ``lion_k("nuclear", beta**2, beta, bias_correction=True)``, and
-    ``lion_k("nuclear", beta, beta)`` without Nesterov's momentum.
+    ``lion_k("nuclear", beta**2, beta, eps=1e-8, bias_correction=True)``, and
+    the same with ``beta`` for ``beta**2`` without Nesterov's momentum.
 
     Args:
       norm: see the table; ``"l1"``, ``"l2"`` and ``"linf"`` are names of three of them.
@@ -253,18 +261,20 @@ def lion_k(
         :math:`\sqrt{x^2 + \mu^2}` takes the place of each magnitude (entries, singular values), a
         log-sum-exp of temperature :math:`\mu` that of the largest.
       coefficients: of the Newton-Schulz polynomial :math:`a x + b x^3 + c x^5`. With Muon's, the
-        singular values of the update lie near one, without an end; ``(1.875, -1.25, 0.375)``
-        converges to one with enough steps.
+        singular values of the update lie near one, without an end, so that it is not quite the
+        energy's gradient; ``(1.875, -1.25, 0.375)`` converges to one with enough steps.
       steps: of Newton-Schulz.
+      eps: added to the Frobenius norm by which Newton-Schulz begins; 0 keeps the update the same
+        however small the momentum is.
       bias_correction: see :class:`Kinetic`.
 
     Returns:
       The kinetic energy, with damping :math:`1 - \beta_2`.
 
     Raises:
-      TypeError: ``smoothing`` or ``steps`` is no Python number: they are static.
+      TypeError: ``norm``, ``smoothing`` or ``steps`` is an array: they are static.
       ValueError: the norm is unknown, or below 1; ``b1`` or ``b2`` is not within [0, 1); a negative
-        ``smoothing``; no ``steps``; other than three ``coefficients``.
+        ``smoothing`` or ``eps``; no ``steps``; other than three ``coefficients``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -277,25 +287,42 @@ def lion_k(
       <https://arxiv.org/abs/2310.05898>`_, 2023, table 1; Jordan et al., `Muon
       <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
+    if isinstance(norm, str):
+        norm = {"l1": 1.0, "l2": 2.0, "frobenius": 2.0, "linf": float("inf")}.get(norm, norm)
+    return _lion_k(norm, b1, b2, smoothing, tuple(coefficients), steps, eps, bias_correction)
+
+
+@_once
+def _lion_k(
+    norm: Any,
+    b1: float,
+    b2: float,
+    smoothing: float,
+    coefficients: Any,
+    steps: int,
+    eps: float,
+    bias_correction: bool,
+) -> Kinetic:
     _check_decay("lion_k: b1", b1)
     _check_decay("lion_k: b2", b2)
     check_count("lion_k: steps", steps)
-    if not isinstance(smoothing, int | float):
-        raise TypeError(
-            f"lion_k: smoothing must be a Python number, got {smoothing!r}: it is static. Under "
-            "optax.inject_hyperparams pass static_args=('smoothing', ...)."
-        )
-    if not 0 <= smoothing < float("inf"):
-        raise ValueError(f"lion_k: smoothing must be a number of at least 0, got {smoothing}")
+    for name, number in (("norm", norm), ("smoothing", smoothing)):
+        if isinstance(number, jax.Array):
+            raise TypeError(
+                f"lion_k: {name} must be a Python number, got {number!r}: it is static. Under "
+                f"optax.inject_hyperparams pass static_args=({name!r}, ...)."
+            )
+    for name, number in (("smoothing", smoothing), ("eps", eps)):
+        given = isinstance(number, jax.Array)
+        if not given and not (_is_real(number) and 0 <= number < float("inf")):
+            raise ValueError(f"lion_k: {name} must be a number of at least 0, got {number!r}")
     if len(coefficients) != 3:
         raise ValueError(f"lion_k: coefficients must be three numbers, got {coefficients!r}")
     mu = smoothing
-    if isinstance(norm, str):
-        norm = {"l1": 1.0, "l2": 2.0, "frobenius": 2.0, "linf": float("inf")}.get(norm, norm)
     if norm == "nuclear":
         value = lambda s: nuclear_norm(s, mu)
-        slope = lambda s: orthogonalized(s, mu, coefficients, steps)
-    elif not isinstance(norm, int | float) or not norm >= 1:
+        slope = lambda s: orthogonalized(s, mu, coefficients, steps, eps)
+    elif not _is_real(norm) or not norm >= 1:
         raise ValueError(
             f"lion_k: unknown norm {norm!r}: give a number of at least 1, 'frobenius' or 'nuclear'"
         )
@@ -318,5 +345,10 @@ def lion_k(
 def _check_decay(name: str, value: Any) -> None:
     if isinstance(value, jax.Array):  # a hyperparameter of optax.inject_hyperparams
         return
-    if not isinstance(value, int | float) or not 0 <= value < 1:
+    if not _is_real(value) or not 0 <= value < 1:
         raise ValueError(f"{name} must be within [0, 1), got {value!r}")
+
+
+def _is_real(value: Any) -> bool:
+    """Whether it is a number of Python or NumPy."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -81,7 +81,11 @@ def nuclear_norm(s: jax.Array, mu: float) -> jax.Array:
 
 
 def orthogonalized(
-    s: jax.Array, mu: float, coefficients: tuple[float, float, float], steps: int
+    s: jax.Array,
+    mu: float,
+    coefficients: tuple[float, float, float],
+    steps: int,
+    eps: float | jax.Array,
 ) -> jax.Array:
     """``S (S^T S + mu^2)^(-1/2)`` by Newton-Schulz, for the last two axes."""
     x = _as_matrix(s)
@@ -97,7 +101,8 @@ def orthogonalized(
     tiny = jnp.finfo(x.dtype).tiny
     largest = jnp.maximum(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True), tiny)
     x = x / largest
-    x = x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), tiny)
+    norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + eps / largest
+    x = x / jnp.maximum(norm, tiny)
     a, b, c = coefficients
     for _ in range(steps):
         gram = x @ x.mT

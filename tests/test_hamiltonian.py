@@ -1,5 +1,7 @@
 """Hamiltonian descent: equal to optax where they coincide, and measured in every composition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,16 +67,25 @@ def test_equals_muon():
 def equals_muon(params):
     dimensions = jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
     for nesterov, b1 in ((True, 0.95**2), (False, 0.95)):
-        peer = optax.contrib.scale_by_muon(
-            nesterov=nesterov, weight_dimension_numbers=dimensions, eps=1e-30
-        )
-        kinetic = osub.lion_k("nuclear", b1, 0.95, bias_correction=nesterov)
+        peer = optax.contrib.scale_by_muon(nesterov=nesterov, weight_dimension_numbers=dimensions)
+        kinetic = osub.lion_k("nuclear", b1, 0.95, eps=1e-8, bias_correction=True)
         ours = osub.scale_by_hamiltonian_descent(kinetic)
-        assert_close(trajectory(ours, params)[0], trajectory(peer, params)[0])
+        for size in (1.0, 1e-4, 1e-9):
+            small = lambda updates, state, params, tx, size=size: tx.update(
+                jax.tree.map(lambda g: size * g, updates), state, params
+            )
+            results = [
+                trajectory(tx._replace(update=functools.partial(small, tx=tx)), params)[0]
+                for tx in (ours, peer)
+            ]
+            assert_close(*results)
     # The whole optimizer, which scales wide matrices besides.
     square = {"square": params["square"]}
     ours = optax.chain(
-        osub.scale_by_hamiltonian_descent(osub.lion_k("nuclear", 0.9, 0.9)), optax.scale(-1)
+        osub.scale_by_hamiltonian_descent(
+            osub.lion_k("nuclear", 0.9, 0.9, eps=1e-8, bias_correction=True)
+        ),
+        optax.scale(-1),
     )
     peer = optax.contrib.muon(1.0, beta=0.9, nesterov=False)
     assert_close(trajectory(ours, square)[0], trajectory(peer, square)[0])
@@ -127,6 +138,29 @@ def test_norms_neither_overflow_nor_vanish(name, size):
     s = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)), jnp.float32)
     at_one = SHARP[name].gradient(s, None, None)
     np.testing.assert_allclose(SHARP[name].gradient(size * s, None, None), at_one, atol=2e-5)
+
+
+def test_without_any_memory():
+    """Decays of zero, as optax takes them."""
+    params = matrices()
+    square = {"square": params["square"]}
+    pairs = [
+        (osub.heavy_ball(0.0), optax.trace(0.0), params),
+        (osub.adam_kinetic(0.0, 0.0), optax.scale_by_adam(0.0, 0.0), params),
+        (osub.lion_kinetic(0.0, 0.0), optax.scale_by_lion(0.0, 0.0), params),
+        (
+            osub.lion_k("nuclear", 0.0, 0.0, eps=1e-8, bias_correction=True),
+            optax.contrib.scale_by_muon(
+                beta=0.0,
+                weight_dimension_numbers={"square": optax.contrib.MuonDimensionNumbers()},
+            ),
+            square,
+        ),
+    ]
+    for kinetic, peer, leaves in pairs:
+        ours = osub.scale_by_hamiltonian_descent(kinetic)
+        got, expected = (trajectory(tx, leaves, 3)[0] for tx in (ours, peer))
+        assert_close(got, expected, 2e-5 if leaves is square else 1e-6)
 
 
 def test_the_momentum_is_kept_in_the_dtype_asked_for():
@@ -230,6 +264,21 @@ def test_squares_that_storage_has_lost_do_not_blow_the_energy_up(storage):
     assert energies[1] == pytest.approx(energies[0], rel=0.2)
 
 
+def test_squares_that_nothing_has_lost_are_taken_as_they_are():
+    """Turned moments are means of no one gradient, whose squares would bound them."""
+    kinetic = osub.adam_kinetic()
+    inner = osub.scale_by_hamiltonian_descent(kinetic)
+    random = osub.random_projection(2)
+    tx = osub.scale_by_subspace(inner, rank=4, projector=random, moments="project")
+    params = {"tall": matrices()["tall"]}
+    _, state = trajectory(tx, params, 9)
+    mu, nu = (getattr(state.inner, name)["tall"] for name in ("mu", "nu"))
+    weights = (1 - 0.9**9, 1 - 0.999**9)
+    expected = 9 * float(kinetic.energy(mu, nu, weights))  # (1 - 0.1) / 0.1
+    found = osub.hamiltonian(0.0, state, tx, params, 1.0)
+    np.testing.assert_allclose(found.kinetic, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["adam", "nesterov", "lion"])
 def test_in_eight_bits_the_energy_is_nearly_the_same(name):
     kinetic, _ = PEERS[name]
@@ -329,7 +378,7 @@ def test_errors_tell_what_to_do():
     params = matrices()
     with pytest.raises(TypeError, match=r"heavy_ball\(0.9\), got 0.9"):
         osub.scale_by_hamiltonian_descent(0.9)
-    with pytest.raises(ValueError, match=r"damping must be within \(0, 1\], got 0"):
+    with pytest.raises(ValueError, match=r"damping must be a number within \(0, 1\], got 0"):
         osub.scale_by_hamiltonian_descent(osub.heavy_ball(), damping=0)
     with pytest.raises(ValueError, match=r"heavy_ball: decay must be within \[0, 1\), got 1"):
         osub.heavy_ball(1)
@@ -362,12 +411,34 @@ def test_errors_tell_what_to_do():
     with pytest.raises(ValueError, match="2 different kinetic energies"):
         osub.hamiltonian(1.0, parts.init(params), parts, params, 0.1)
     parts = optax.multi_transform({"a": one, "b": optax.scale_by_adam()}, labels)
-    with pytest.raises(ValueError, match="holds a ScaleByAdamState beside the momenta"):
-        osub.hamiltonian(1.0, parts.init(params), parts, params, 0.1)
-    # Of the same numbers, it is the same.
-    again = osub.scale_by_hamiltonian_descent(osub.heavy_ball())
-    parts = optax.multi_transform({"a": one, "b": again}, labels)
-    osub.hamiltonian(1.0, parts.init(params), parts, params, 0.1)
+    mixed = parts.init(params)
+    for given in (None, osub.heavy_ball()):
+        with pytest.raises(ValueError, match="a ScaleByAdamState beside a HamiltonianState"):
+            osub.hamiltonian(1.0, mixed, parts, params, 0.1, kinetic=given)
+    muon = optax.contrib.muon(0.1)
+    leaves = {"matrix": params["tall"], "vector": jnp.ones(3)}
+    with pytest.raises(ValueError, match="beside a .*, momenta of different transformations"):
+        osub.hamiltonian(
+            1.0, muon.init(leaves), muon, leaves, 0.1, kinetic=osub.lion_k("nuclear", 0.95, 0.95)
+        )
+    inside = osub.scale_by_subspace(one, rank=2)
+    for state, tx, there in ((one, inside, "tx"), (inside, one, "the state")):
+        with pytest.raises(ValueError, match=f"square is projected by {there} and not by"):
+            osub.hamiltonian(1.0, state.init(params), tx, params, 0.1, kinetic=osub.heavy_ball())
+    with pytest.raises(ValueError, match=r"loss must be a scalar, got shape \(3,\)"):
+        osub.hamiltonian(jnp.ones(3), one.init(params), one, params, 0.1)
+    with pytest.raises(TypeError, match="got a schedule: give its value"):
+        osub.hamiltonian(1.0, one.init(params), one, params, optax.constant_schedule(0.1))
+    with pytest.raises(TypeError, match="previous must be what hamiltonian returned, got 3.0"):
+        osub.hamiltonian(1.0, one.init(params), one, params, 0.1, previous=3.0)
+    with pytest.raises(ValueError, match="damping must be a number within"):
+        osub.scale_by_hamiltonian_descent(osub.heavy_ball(), damping=optax.constant_schedule(0.1))
+    with pytest.raises(ValueError, match="damping=1 keeps nothing of the momentum"):
+        osub.scale_by_hamiltonian_descent(osub.lion_k(2, bias_correction=True), damping=1.0)
+    with pytest.raises(TypeError, match="mu_dtype must be a floating-point dtype, got int8"):
+        osub.scale_by_hamiltonian_descent(osub.heavy_ball(), mu_dtype=jnp.int8)
+    with pytest.raises(TypeError, match=r"static_args=\('norm', ...\)"):
+        osub.lion_k(jnp.float32(2))
     with pytest.raises(ValueError, match="means of squares"):
         osub.hamiltonian(1.0, one.init(params), one, params, 0.1, kinetic=osub.adam_kinetic())
     with pytest.raises(TypeError, match="kinetic must be a Kinetic"):
@@ -385,6 +456,26 @@ def test_errors_tell_what_to_do():
     kinetic = osub.heavy_ball()._replace(damping=0.2)
     found = osub.hamiltonian(1.0, state, injected, params, 0.1, kinetic=kinetic)
     assert float(found.kinetic) > 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (osub.heavy_ball(), osub.heavy_ball(decay=0.9)),
+        (osub.heavy_ball(np.float64(0.9)), osub.heavy_ball(0.9)),
+        (osub.adam_kinetic(0.9), osub.adam_kinetic(b1=0.9, b2=0.999)),
+        (osub.lion_kinetic(), osub.lion_k(1)),
+        (osub.lion_k("l2"), osub.lion_k("frobenius", b1=0.9)),
+        tuple(osub.lion_k("nuclear", coefficients=kind(CONVERGING)) for kind in (list, tuple)),
+    ],
+)
+def test_the_same_numbers_are_the_same_energy(one, other):
+    assert one == other
+    transform = osub.scale_by_hamiltonian_descent
+    labels = {"tall": "a", "wide": "a", "square": "b"}
+    parts = optax.multi_transform({"a": transform(one), "b": transform(other)}, labels)
+    params = matrices()
+    osub.hamiltonian(1.0, parts.init(params), parts, params, 0.1)
 
 
 @pytest.mark.parametrize("name", SHARP)

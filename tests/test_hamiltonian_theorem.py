@@ -70,7 +70,7 @@ def network():
     return Problem(loss, start, 1.1 * np.abs(np.linalg.eigvalsh(np.asarray(hessians))).max())
 
 
-RADIUS = 4.0  # of the ball around the network's start
+RADIUS = 6.0  # of the ball around the network's start
 PROBLEMS = {f.__name__: functools.cache(f) for f in (quadratic, logistic, network)}
 
 CONVERGING = (1.875, -1.25, 0.375)
@@ -296,6 +296,20 @@ def test_the_gradient_vanishes_where_the_span_is_exciting(problem, kinetic, proj
     assert path.gradient[-50:].max() < 1e-3 * path.gradient[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("projector", "limit"), [("svd", 1e-3), ("random", 1e-2)])
+def test_the_networks_gradient_vanishes_too(projector, limit):
+    """It is not convex, and flat near its minimum: what is left falls as the steps go on."""
+    energy, lipschitz = KINETICS["nesterov"]
+    rate = 0.5 * largest_step(energy, lipschitz, PROBLEMS["network"]().smoothness)
+    path = run("network", energy, PROJECTORS[projector], rate, 40_000)
+    assert path.away.max() < RADIUS
+    check_descent(path)
+    norms = path.gradient / path.gradient[0]
+    assert norms[-50:].max() < limit
+    assert norms[-50:].mean() < norms[20_000:20_050].mean() / 2
+
+
 def test_a_fixed_span_leaves_the_rest_of_the_gradient():
     energy, lipschitz = KINETICS["heavy_ball"]
     rate = 0.5 * largest_step(energy, lipschitz, PROBLEMS["quadratic"]().smoothness)
@@ -303,6 +317,42 @@ def test_a_fixed_span_leaves_the_rest_of_the_gradient():
     check_descent(path)
     assert path.inside[-1] < 1e-6 * path.inside[0]
     assert path.gradient[-1] > 0.1 * path.gradient[0]
+
+
+exact = functools.partial(osub.lion_k, "nuclear", coefficients=CONVERGING, steps=30)
+# A method, what it is by the theory, and a learning rate.
+DEPARTURES = {
+    # Newton-Schulz of Muon's coefficients takes less of a singular value than the norm tells.
+    "muon": (
+        osub.lion_k("nuclear", 0.95, 0.95, bias_correction=True),
+        exact(0.95, 0.95),
+        1e-3,
+    ),
+    "muon with look-ahead": (
+        osub.lion_k("nuclear", 0.95**2, 0.95, bias_correction=True),
+        exact(0.95**2, 0.95),
+        1e-3,
+    ),
+    # A look-ahead whose parts are corrected is no point between the momenta and the gradient.
+    "corrected look-ahead": (
+        osub.lion_k(1, 0.95**2, 0.95, smoothing=1.0, bias_correction=True),
+        osub.lion_k(1, 0.95**2, 0.95, smoothing=1.0),
+        0.1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEPARTURES)
+def test_where_a_method_departs_the_energy_grows_a_little(name):
+    """As the docs say: with the worst bases, in the first steps; in all it falls nevertheless."""
+    departing, ideal, rate = DEPARTURES[name]
+    smoothness = PROBLEMS["quadratic"]().smoothness
+    path = run("quadratic", departing, PROJECTORS["adversarial"], rate)
+    assert path.first_order.max() > 1e-2
+    assert np.all(path.first_order[20:] <= 0)
+    assert path.change.sum() < 0
+    check_order(run("quadratic", ideal, PROJECTORS["adversarial"], rate), smoothness)
+    check_order(run("quadratic", departing, PROJECTORS["random"], rate), smoothness)
 
 
 COUNTER_EXAMPLES = {

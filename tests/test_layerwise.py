@@ -111,7 +111,10 @@ def test_sgd_is_bit_equal_to_the_plain_step(remat, tied):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("lion", "osd"))) for n in OPTIMIZERS],
+    [
+        pytest.param(n, marks=[pytest.mark.slow] * (n in ("lion", "osd", "8bit")))
+        for n in OPTIMIZERS
+    ],
 )
 def test_any_optimizer_equals_the_plain_step(name):
     functions, params = model()

@@ -36,6 +36,7 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
     assert sorted(required) == ["jax", "optax"]
     assert any(n.endswith("licenses/LICENSE") for n in names)
+    assert "optax_subspace/py.typed" in names  # so that type checkers read its annotations
 
 
 @pytest.mark.slow

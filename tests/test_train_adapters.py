@@ -338,6 +338,7 @@ def assert_exports(folder, out):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_anew_resumes_bit_equal_on_either_side(words, tmp_path, capsys):
     folder = tmp_path / "run"
     run = [*words, "--run_dir", str(folder), "--lora.rank", "4", "--lora.freeze", "kernels"]

@@ -388,6 +388,7 @@ def test_twenty_kills_at_random_moments_end_bit_equal(words, reference, tmp_path
     assert_same_run(folder, reference[0])
 
 
+@pytest.mark.slow
 def test_text_and_cache_may_go_while_a_run_goes_on(words, tmp_path, capsys):
     """A run has what it reads; one that goes on says what is missing, and loses nothing."""
     text, cache_dir = tmp_path / "text", tmp_path / "cache"
