@@ -164,9 +164,8 @@ def _told(kinetics: list[Kinetic], state: Any) -> Kinetic:
     for node in _nodes(state):
         if _is_momentum(node) and not isinstance(node, HamiltonianState):
             raise ValueError(
-                f"hamiltonian: the state holds a {type(node).__name__} beside the momenta of "
-                "scale_by_hamiltonian_descent: measure the parts of the state one by one, each "
-                "with its own part of tx"
+                f"hamiltonian: the state holds a {type(node).__name__}, tx the momentum of a "
+                "scale_by_hamiltonian_descent: give the state of this tx"
             )
     return kinetics[0]
 

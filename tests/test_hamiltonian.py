@@ -425,6 +425,9 @@ def test_errors_tell_what_to_do():
     for state, tx, there in ((one, inside, "tx"), (inside, one, "the state")):
         with pytest.raises(ValueError, match=f"square is projected by {there} and not by"):
             osub.hamiltonian(1.0, state.init(params), tx, params, 0.1, kinetic=osub.heavy_ball())
+    adam = optax.scale_by_adam().init(params)
+    with pytest.raises(ValueError, match="holds a ScaleByAdamState, tx the momentum of a"):
+        osub.hamiltonian(1.0, adam, one, params, 0.1)
     with pytest.raises(ValueError, match=r"loss must be a scalar, got shape \(3,\)"):
         osub.hamiltonian(jnp.ones(3), one.init(params), one, params, 0.1)
     with pytest.raises(TypeError, match="got a schedule: give its value"):
