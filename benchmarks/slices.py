@@ -14,17 +14,12 @@ from typing import Any
 import jax
 
 from benchmarks import _timing
-from models.config import LlamaConfig
+from models.config import PRESETS
 from train import launch, mesh, placement, topology
 from train.cli import parse
 from train.config import Config
 
-# Shapes of the LLaMA paper (arXiv 2302.13971).
-SIZES = {
-    "13b": (5120, 13824, 40, 40),
-    "30b": (6656, 17920, 52, 60),
-    "65b": (8192, 22016, 64, 80),
-}
+SIZES = ("13b", "30b", "65b")
 SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 GIB = 15.75  # of a v5e chip, that a program may use
 METHODS = {
@@ -36,19 +31,11 @@ METHODS = {
 
 def configuration(size: str, method: str, rows: int, length: int) -> Config:
     """A run's configuration, as the command line would give it."""
-    hidden, intermediate, heads, layers = SIZES[size]
     words = ["--train.batch_size", str(rows), "--train.sequence_length", str(length)]
     words += [*METHODS[method], "--optimizer.clip_norm", "None"]
     config = parse(words).config
-    model = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_heads=heads,
-        num_layers=layers,
-        param_dtype="bfloat16",
-        dtype="bfloat16",
-        remat=True,
-    )
+    few_bits = {"param_dtype": "bfloat16", "dtype": "bfloat16"}
+    model = dataclasses.replace(PRESETS[size], **few_bits, remat=True)
     return dataclasses.replace(config, model=topology.for_platform(model, "tpu"))
 
 
