@@ -49,6 +49,7 @@ clean:
 	rm -rf $(VENV)
 
 $(bin)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: there is no $(PYTHON) here: run make PYTHON=... with one" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11: run make PYTHON=python3.11 ..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \

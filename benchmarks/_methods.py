@@ -94,7 +94,7 @@ OTHERS = {
 
 
 # Multiples of the best rate, of which the best counts, where it may have moved.
-FACTORS = {"three times the steps": (2.0, 1.0, 0.5, 0.25)}
+FACTORS = {"three times the steps": (2.0, 1.0, 0.5, 0.25, 0.125)}
 # Ablations with as many seeds as the methods have, at the rate that is best with the first.
 REPEATED = ("refresh period", "side", "moments", "three times the steps")
 
@@ -160,8 +160,7 @@ def ablations(setting: Setting) -> dict[str, dict[str, tuple[str, str]]]:
                 f"--train.sequence_length {length} --train.batch_size {tokens // length}",
             )
             for (method, label), length in itertools.product(
-                (("AdamW, full rank", "AdamW"), (galore, "GaLore"), (history, "history PCA")),
-                lengths,
+                ((FULL[0], "AdamW"), (FULL[1], FULL[1]), three[0], three[2]), lengths
             )
         },
         # A long run wants a lower rate.

@@ -13,6 +13,7 @@ stopped, one run at a time.
 """
 
 import argparse
+import collections
 import dataclasses
 import datetime
 import functools
@@ -290,46 +291,66 @@ def tables(study: Study, seeds: int) -> str:
             count -= 1
         if count:
             methods[label] = (method, best)
-    full = [np.mean(methods[name][1][1]) for name in FULL if name in methods]
-    galore = methods.get("GaLore")
-    gap = np.mean(galore[1][1]) - min(full) if full and galore else 0.0
     rows = []
     for label, (method, (rate, losses)) in methods.items():
         tried = study.by_rate(method, len(losses))
         at_end = len(tried) > 1 and rate in (min(tried), max(tried))
         mean = float(np.mean(losses))
-        closed = paired = ""
-        if galore and label != "GaLore":
-            # Seeds differ by more than methods, and all methods share them.
-            away = np.subtract(losses, galore[1][1][: len(losses)])
-            paired = f"{away.mean():+.4f}"
-            if len(losses) > 1:
-                paired += f" ± {away.std(ddof=1):.4f}"
-            # (A share of the gap to full rank, which has to be one.)
-            closed = f"{-100 * away.mean() / gap:.0f} %" if gap > 0 else ""
+        # (All at the best of their rates for the same seeds.)
+        others = {name: study.best(METHODS[name], len(losses)) for name in ("GaLore", *FULL)}
+        compared = _compared(label, losses, {k: best[1] for k, best in others.items() if best})
         row = study.get(words_of(study.setting, method.words), rate, 0)
         spread = f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
         rates = f"{rate:g} of {len(tried)}{' (at the end)' if at_end else ''}"
         state = f"{row['state_bytes'] / 2**20:.2f}" if row else ""
         cells = [label, rates, str(len(losses)), f"{mean:.4f}", spread, f"{math.exp(mean):.2f}"]
-        rows.append([*cells, paired, closed, state])
+        rows.append([*cells, *compared, state])
     header = [
         *("", "best rate", "seeds", "held-out loss", "sd", "perplexity"),
         *("less GaLore's, by seed", "gap closed", "state, MiB"),
     ]
     text = [_timing.table(header, rows)]
+    tried = collections.defaultdict(list)
+    for question, label, words, rate in planned(study):
+        if study.get(words, rate, 0):
+            tried[question, label].append(float(f"{rate:g}"))
     for question, lines in answers(study).items():
-        cells = []
+        cells, comparing = [], {"GaLore", *FULL} <= set(lines)
         for label, row in lines.items():
             losses, mean, spread = row["losses"], "", ""
             if len(losses) > 1:
                 mean, spread = f"{np.mean(losses):.4f}", f"{np.std(losses, ddof=1):.4f}"
-            cells.append([label, f"{row['rate']:g}", _shown(row), str(len(losses)), mean, spread])
+            rates = tried[question, label]
+            at_end = len(rates) > 1 and row["rate"] in (min(rates), max(rates))
+            rate = f"{row['rate']:g}{' (at the end)' if at_end else ''}"
+            cells.append([label, rate, _shown(row), str(len(losses)), mean, spread])
+            if comparing:
+                same = {k: other["losses"][: len(losses)] for k, other in lines.items()}
+                cells[-1] += _compared(label, losses, same)
         columns = ["", "rate", "loss, seed 0", "seeds", "mean", "sd"]
-        if all(len(row["losses"]) == 1 for row in lines.values()):
+        if comparing:
+            columns += ["less GaLore's, by seed", "gap closed"]
+        elif all(len(row["losses"]) == 1 for row in lines.values()):
             columns, cells = columns[:3], [line[:3] for line in cells]
         text.append(f"### {question}\n\n" + _timing.table(columns, cells))
     return "\n\n".join(text)
+
+
+def _compared(label: str, losses: list[float], others: dict[str, list[float]]) -> list[str]:
+    """The difference from GaLore's losses, and the share of the gap to full rank that it is.
+
+    Seeds differ by more than methods, and all methods share them: so differences are by seed.
+    """
+    if label == "GaLore" or "GaLore" not in others or len(others["GaLore"]) < len(losses):
+        return ["", ""]
+    away = np.subtract(losses, others["GaLore"])
+    paired = f"{away.mean():+.4f}"
+    if len(losses) > 1:
+        paired += f" ± {away.std(ddof=1):.4f}"
+    full = [np.mean(others[name]) for name in FULL if name in others]
+    gap = np.mean(others["GaLore"]) - min(full) if full else 0.0
+    # (A share of the gap, which has to be one.)
+    return [paired, f"{-100 * away.mean() / gap:.0f} %" if gap > 0 else ""]
 
 
 def main() -> None:

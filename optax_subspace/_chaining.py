@@ -137,7 +137,7 @@ def in_subspace(inner: optax.GradientTransformation) -> optax.GradientTransforma
                 + " a projection and is now updated "
                 + ("with" if handed else "without")
                 + " one: initialise the whole chain at once (again), on the parameters it will "
-                "update"
+                "update, after dropping the state of any subspace_project that no in_subspace took"
             )
         if not handed:
             if isinstance(state, InSubspaceState):
@@ -230,6 +230,7 @@ def _take_offer(params: Any) -> list[LeafPlan] | None:
         raise ValueError(
             f"in_subspace is initialised on fewer parameters than the subspace_project before it: "
             f"{missing[0]} is missing. Put both under the same mask: "
-            "optax.masked(optax.chain(subspace_project(rank=...), scale_by_adam()), mask)"
+            "optax.masked(optax.chain(subspace_project(rank=...), scale_by_adam()), mask). If they "
+            "are of two chains, drop the state of the one without in_subspace first"
         )
     return None

@@ -186,6 +186,15 @@ def test_ctrl_c_twice_and_resuming_a_finished_run(words, reference, tmp_path, ca
     assert main([*words, "--run_dir", str(folder), "--resume"]) == 0
     assert "no step was left to train" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == metrics
+    # Rows that others have lost or damaged are missed aloud.
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "metrics.jsonl").write_text(metrics.decode().replace("{", "?", 3))
+    for what in ("is damaged at line 1", "is missing or empty"):
+        assert main([*words, "--run_dir", str(copy), "--resume"]) == 0
+        out = capsys.readouterr().out
+        assert f"warning: {copy / 'metrics.jsonl'} {what}" in " ".join(out.split())
+        (copy / "metrics.jsonl").unlink()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     with loop.Signals(lambda: "the story") as signals:
         signal.raise_signal(signal.SIGINT)

@@ -199,7 +199,7 @@ class Checkpoints:
         free = shutil.disk_usage(_existing(self._folder)).free
         return UsageError(
             f"couldn't save the checkpoint of step {step} in {self._shown}: "
-            f"{reason or one_line(error)} ({mebibytes(free)} free); {self._remedy()}"
+            f"{reason or one_line(error)} ({mebibytes(free)} free); {self._remedy(reason)}"
         )
 
     def restore(self, shapes: State, data: Any) -> State | None:
@@ -321,10 +321,11 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         (self._folder / str(step)).rename(target)
 
-    def _remedy(self) -> str:
+    def _remedy(self, no_space: str | None) -> str:
         done = self.steps()
         kept = f"the checkpoint of step {done[-1]} is good; " if done else ""
-        return f"{kept}free some space and run again with --resume"
+        what = "free some space" if no_space else "mend that"
+        return f"{kept}{what} and run again with --resume"
 
 
 def _copied(state: State) -> State:

@@ -152,7 +152,7 @@ def validate(config: Config) -> None:
         raise UsageError(
             f"--data.vocab_size {config.data.vocab_size}: the tokenizer would have more pieces "
             f"than the model has embeddings; give at most --model.vocab_size "
-            f"{config.model.vocab_size}"
+            f"{config.model.vocab_size}, or a model with more"
         )
 
 

@@ -206,12 +206,17 @@ def _check_keys(words: list[str], known: dict[str, object]) -> set[str]:
 
 def _suggest(key: str, known: dict[str, object]) -> str:
     # The last part decides: `--steps` for `--train.steps`, `--optimizer.rnk` for `.rank`.
-    tails = {name.rpartition(".")[2]: name for name in known}
-    tail = difflib.get_close_matches(key.rpartition(".")[2], tails, n=1, cutoff=0.7)
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.75)
-    name = close[0] if close else tails[tail[0]] if tail else None
+    group, _, last = key.lower().rpartition(".")
+    last = {"lr": "learning_rate", "wd": "weight_decay"}.get(last, last)
+    tails: dict[str, list[str]] = {}
+    for name in known:
+        tails.setdefault(name.rpartition(".")[2], []).append(name)
+    close = difflib.get_close_matches(last, tails, n=1, cutoff=0.7)
+    names = tails[close[0]] if close else []
+    names = [name for name in names if name.rpartition(".")[0] == group] or names
+    names = names or difflib.get_close_matches(key, list(known), n=1, cutoff=0.75)
     listing = f"{PROGRAM} --help lists all keys"
-    return f"did you mean --{name}? {listing}" if name else listing
+    return f"did you mean {' or '.join(f'--{n}' for n in names)}? {listing}" if names else listing
 
 
 def _read(words: list[str], default: Config, head: str | None) -> Config:

@@ -90,7 +90,6 @@ def check_text(name: str, config: Config) -> None:
             "c4-train.*.json.gz files of the dataset allenai/c4 (folder en) from the Hugging Face "
             "hub, and give their path"
         )
-    # (To be merged: `config.data.tokenizer is None`, once there is that field.)
     if config.data.tokenizer is None:
         raise UsageError(
             f"--data.tokenizer: perplexities of {name} compare with the published ones under "

@@ -137,6 +137,13 @@ class Trainer:
             board = tensorboard.Board(place.tensorboard)
             self.files.append(board)
             mirror = board.write
+        rows, damaged = records.scan(place.metrics)
+        if done >= self.config.log.every and (damaged or not rows):
+            what = f"is damaged at line {damaged}" if damaged else "is missing or empty"
+            self.screen.say(
+                f"warning: {place.metrics} {what}: the run goes on, but rows of steps before "
+                f"{done + 1} are lost to its figures and reports"
+            )
         self.metrics = records.Records(place.metrics, done, mirror=mirror)
         self.files.append(self.metrics)
         self.throughput = records.Records(place.throughput, done, keep_later=True, mirror=mirror)

@@ -202,7 +202,8 @@ def _projector(config: OptimizerConfig) -> Projector:
 
 
 def _momentum(config: OptimizerConfig) -> optax.GradientTransformation:
-    b1, b2 = config.b1, config.b2
+    numbers: Any = (config.b1, config.b2)  # once the configuration is resolved
+    b1, b2 = numbers
     kinetics = {
         "adam": lambda: adam_kinetic(b1, b2, config.eps),
         "heavy_ball": lambda: heavy_ball(b1),
