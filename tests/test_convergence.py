@@ -99,7 +99,9 @@ def test_all_words_are_the_trainers():
 @pytest.mark.parametrize(
     "words",
     [
-        "--optimizer.name online_subspace_descent --optimizer.rank 4",
+        pytest.param(
+            "--optimizer.name online_subspace_descent --optimizer.rank 4", marks=pytest.mark.slow
+        ),
         pytest.param(
             "--optimizer.name adamw --lora.rank 2 --lora.freeze kernels --lora.merge_every 5",
             marks=pytest.mark.slow,

@@ -96,7 +96,7 @@ def test_steps_are_the_published_ones(per, residual):
     assert limited  # or the limiter had nothing to do
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_changes_no_norm_changes_nothing(residual):
     """With the identity inside, the update is the gradient itself, at full rank."""
     params = {k: v for k, v in trees.params().items() if k not in ("experts", "heads")}

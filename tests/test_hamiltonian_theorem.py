@@ -342,7 +342,13 @@ DEPARTURES = {
 }
 
 
-@pytest.mark.parametrize("name", DEPARTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "muon with look-ahead"))
+        for name in DEPARTURES
+    ],
+)
 def test_where_a_method_departs_the_energy_grows_a_little(name):
     """As the docs say: with the worst bases, in the first steps; in all it falls nevertheless."""
     departing, ideal, rate = DEPARTURES[name]

@@ -112,7 +112,7 @@ def test_sgd_is_bit_equal_to_the_plain_step(remat, tied):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=[pytest.mark.slow] * (n in ("lion", "osd", "8bit")))
+        pytest.param(n, marks=[pytest.mark.slow] * (n in ("lion", "osd", "8bit", "galore")))
         for n in OPTIMIZERS
     ],
 )
@@ -127,7 +127,7 @@ def test_any_optimizer_equals_the_plain_step(name):
     ("options", "clip"),
     [
         ({"clip_norm": 0.5}, optax.clip_by_global_norm(0.5)),
-        ({"clip_value": 0.01}, optax.clip(0.01)),
+        pytest.param({"clip_value": 0.01}, optax.clip(0.01), marks=pytest.mark.slow),
         pytest.param({"clip_norm": 100.0}, optax.identity(), marks=pytest.mark.slow),
         (
             {"clip_value": 0.01, "clip_norm": 0.3},

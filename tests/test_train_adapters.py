@@ -152,7 +152,7 @@ class TestFrozenKernels:
 
 
 class TestMerging:
-    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("fused", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_the_model_stays_and_the_adapters_begin_anew(self, fused):
         before, grown = three_steps(fused)
         merge = relora.jitted_merge(configuration(RELORA))
@@ -269,7 +269,10 @@ class TestFactors:
                 np.testing.assert_allclose(left.T @ left, np.diag(s[:6]), atol=1e-5)
                 np.testing.assert_allclose(right @ right.T, np.diag(s[:6]), atol=1e-5)
 
-    @pytest.mark.parametrize(("name", "fused"), [("adamw", False), ("adalomo", True)])
+    @pytest.mark.parametrize(
+        ("name", "fused"),
+        [("adamw", False), pytest.param("adalomo", True, marks=pytest.mark.slow)],
+    )
     def test_every_parameter_moves_and_multiplying_out_keeps_the_model(self, name, fused):
         before, run, optimizer = begin(self.FACTORS, name, fused)
         after = steps(before, run)
@@ -376,6 +379,7 @@ def test_several_devices_come_to_the_same(more, words, tmp_path, monkeypatch):
     np.testing.assert_allclose(*found, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_factors(words, tmp_path, capsys):
     folder = tmp_path / "run"
     run = [*words, "--run_dir", str(folder), "--lora.rank", "4", *FACTORS]

@@ -72,6 +72,7 @@ def test_steps_within_the_backward_pass_are_the_same(name):
         assert np.any(before != after)
 
 
+@pytest.mark.slow
 def test_layers_are_taken_one_by_one():
     """Whether optax's transformation knows stacks or not: a layer's update is that of it alone."""
     for name in ("adafactor", "contrib_galore", "muon"):

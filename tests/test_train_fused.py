@@ -39,7 +39,12 @@ def largest_difference(a, b):
 
 
 @pytest.mark.parametrize(
-    ("name", "remat"), [("lomo", True), ("galore", False), ("online_subspace_descent", True)]
+    ("name", "remat"),
+    [
+        ("lomo", True),
+        ("galore", False),
+        pytest.param("online_subspace_descent", True, marks=pytest.mark.slow),
+    ],
 )
 def test_fused_steps_equal_plain_ones(name, remat):
     model = dataclasses.replace(MODEL, remat=remat)

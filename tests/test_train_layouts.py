@@ -259,7 +259,8 @@ class TestSegments:
         (scored, *_) = batches.held_out(data, 64).batches(2, 64)
         np.testing.assert_array_equal(scored.segments, np.cumsum(scored.inputs == END, 1))
 
-    @pytest.mark.parametrize("remat", [True, pytest.param(False, marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("remat", [True, False])
     def test_fused_steps_equal_plain_ones(self, remat):
         model = dataclasses.replace(MODEL, remat=remat)
         options = resolve(Config(optimizer=OptimizerConfig(name="lomo"))).optimizer

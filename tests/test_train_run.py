@@ -204,6 +204,7 @@ def test_ctrl_c_twice_and_resuming_a_finished_run(words, reference, tmp_path, ca
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_saves_all_the_same(words, tmp_path):
     folder = tmp_path / "run"
     process = start([*words, "--run_dir", str(folder)])
@@ -266,6 +267,7 @@ def test_adamw_takes_the_same_way(words, tmp_path, capsys, monkeypatch):
     assert "--train.seed is 0 there and 5 here" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_few_bits_resume_bit_equal_and_another_code_is_refused(words, tmp_path, capsys):
     """8-bit moments, 4-bit bases and int8 weights with stochastic rounding, from the middle on, all
     updated within the backward pass, and adapters beside."""

@@ -66,6 +66,7 @@ def test_steps_equal_those_that_project_afterwards(name):
     assert left == (1 if name.startswith("galore") else np.iinfo(np.int32).max)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_in_the_subspace():
     whole, after = train("galore", True)
     parts, state = train("galore", True, size=2)
@@ -76,6 +77,7 @@ def test_micro_batches_add_up_in_the_subspace():
     assert int(steps_to_refresh(state.opt_state)) == int(steps_to_refresh(after.opt_state))
 
 
+@pytest.mark.slow
 def test_a_run_at_the_source_and_its_resumption(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "text")
