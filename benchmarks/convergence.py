@@ -261,16 +261,22 @@ def planned(study: Study) -> Iterator[tuple[str, str, str, float]]:
 def answers(study: Study) -> dict[str, dict[str, dict[str, Any]]]:
     """The rows of the ablations by question and label, of several rates that of the lowest loss.
 
-    A row is that of seed 0, with `losses`, those of all its seeds from 0 on.
+    A row is that of seed 0, with `losses`, those of all its seeds from 0 on, and with the rates
+    that were `tried`.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
+    tried = collections.defaultdict(list)
     for question, label, words, rate in planned(study):
         row, rows = study.get(words, rate, 0), found.setdefault(question, {})
+        rates = tried[question, label]
+        if row is not None:
+            rates.append(row["rate"])
         if row is not None and (label not in rows or _loss(row) < _loss(rows[label])):
             seeds = itertools.takewhile(
                 bool, (study.get(words, rate, s) for s in itertools.count())
             )
-            rows[label] = {**row, "losses": [_loss(other) for other in seeds]}
+            losses = [_loss(other) for other in seeds]
+            rows[label] = {**row, "losses": losses, "tried": rates}
     return {question: rows for question, rows in found.items() if rows}
 
 
@@ -310,18 +316,13 @@ def tables(study: Study, seeds: int) -> str:
         *("less GaLore's, by seed", "gap closed", "state, MiB"),
     ]
     text = [_timing.table(header, rows)]
-    tried = collections.defaultdict(list)
-    for question, label, words, rate in planned(study):
-        if study.get(words, rate, 0):
-            tried[question, label].append(float(f"{rate:g}"))
     for question, lines in answers(study).items():
         cells, comparing = [], {"GaLore", *FULL} <= set(lines)
         for label, row in lines.items():
             losses, mean, spread = row["losses"], "", ""
             if len(losses) > 1:
                 mean, spread = f"{np.mean(losses):.4f}", f"{np.std(losses, ddof=1):.4f}"
-            rates = tried[question, label]
-            at_end = len(rates) > 1 and row["rate"] in (min(rates), max(rates))
+            at_end = len(row["tried"]) > 1 and row["rate"] in (min(row["tried"]), max(row["tried"]))
             rate = f"{row['rate']:g}{' (at the end)' if at_end else ''}"
             cells.append([label, rate, _shown(row), str(len(losses)), mean, spread])
             if comparing:

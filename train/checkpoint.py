@@ -199,7 +199,8 @@ class Checkpoints:
         free = shutil.disk_usage(_existing(self._folder)).free
         return UsageError(
             f"couldn't save the checkpoint of step {step} in {self._shown}: "
-            f"{reason or one_line(error)} ({mebibytes(free)} free); {self._remedy(reason)}"
+            f"{reason or one_line(error)} ({mebibytes(free)} free); "
+            f"{self._remedy(full=reason is not None)}"
         )
 
     def restore(self, shapes: State, data: Any) -> State | None:
@@ -321,10 +322,10 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         (self._folder / str(step)).rename(target)
 
-    def _remedy(self, no_space: str | None) -> str:
+    def _remedy(self, full: bool) -> str:
         done = self.steps()
         kept = f"the checkpoint of step {done[-1]} is good; " if done else ""
-        what = "free some space" if no_space else "mend that"
+        what = "free some space" if full else "mend that"
         return f"{kept}{what} and run again with --resume"
 
 

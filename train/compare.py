@@ -102,7 +102,7 @@ def _kept(run: Run) -> str:
         parts = run.memory.get(kind)
         if isinstance(parts, dict):
             found = [number(parts, part) for part in ("weights", "optimizer_state")]
-            if None not in found:
+            if None not in found:  # (which type checkers do not follow)
                 return mebibytes(int(sum(found))) + note  # type: ignore[arg-type]
     return UNKNOWN
 

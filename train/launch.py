@@ -51,6 +51,7 @@ def run(command: Command) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     processes.join()
     config = command.config
+    # (Open as long as the process is.)
     screen = Screen(None if processes.is_first() else open(os.devnull, "w"))  # noqa: SIM115
     if config.log.tensorboard:
         tensorboard.check()

@@ -137,17 +137,21 @@ class Trainer:
             board = tensorboard.Board(place.tensorboard)
             self.files.append(board)
             mirror = board.write
-        rows, damaged = records.scan(place.metrics)
-        if done >= self.config.log.every and (damaged or not rows):
-            what = f"is damaged at line {damaged}" if damaged else "is missing or empty"
-            self.screen.say(
-                f"warning: {place.metrics} {what}: the run goes on, but rows of steps before "
-                f"{done + 1} are lost to its figures and reports"
-            )
+        if done >= self.config.log.every:
+            self._miss_rows(*records.scan(place.metrics))
         self.metrics = records.Records(place.metrics, done, mirror=mirror)
         self.files.append(self.metrics)
         self.throughput = records.Records(place.throughput, done, keep_later=True, mirror=mirror)
         self.files.append(self.throughput)
+
+    def _miss_rows(self, rows: list[records.Row], damaged: int | None) -> None:
+        """Says that rows of the steps before are lost, if they are."""
+        if damaged or not rows:
+            what = f"is damaged at line {damaged}" if damaged else "is missing or empty"
+            self.screen.say(
+                f"warning: {self.place.metrics} {what}: the run goes on, but rows of steps before "
+                f"{self.done + 1} are lost to its figures and reports"
+            )
 
     def _record(self, late: tuple[int, Metrics] | None) -> None:
         """Writes and shows a step's metrics; ends the run if they are no numbers."""

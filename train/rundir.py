@@ -77,6 +77,7 @@ class RunDir(NamedTuple):
             return place._as_json()
 
         place = RunDir._from_json(processes.from_first(take))
+        # (The caller closes either.)
         return place, locks[0] if locks else open(os.devnull)  # noqa: SIM115
 
     def _as_json(self) -> list[Any]:
