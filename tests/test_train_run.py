@@ -163,12 +163,15 @@ def test_killed_runs_end_bit_equal(words, reference, tmp_path):
     assert metric_events(folder) == metric_events(reference[0])
 
 
-def test_sigterm_saves_and_the_printed_command_resumes(words, reference, tmp_path):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
+def test_sigterm_saves_and_the_printed_command_resumes(words, reference, tmp_path, number):
     folder = tmp_path / "run"
     process = start([*words, "--run_dir", str(folder)])
-    signal_at(process, folder / "metrics.jsonl", 3, signal.SIGTERM)
+    signal_at(process, folder / "metrics.jsonl", 3, number)
     asked = time.monotonic()
-    _, err = finish(process, 128 + signal.SIGTERM)
+    _, err = finish(process, 128 + number)
     assert time.monotonic() - asked < 10
     assert err.count("\n") == 1
     command = shlex.split(err.split("go on with: ")[1])
@@ -176,6 +179,22 @@ def test_sigterm_saves_and_the_printed_command_resumes(words, reference, tmp_pat
     out, _ = finish(start(command[3:]))
     assert "after step" in out
     assert_same_run(folder, reference[0])
+
+
+@pytest.mark.parametrize("closed", ["pipe", pytest.param("terminal", marks=pytest.mark.slow)])
+def test_a_run_that_nobody_watches_any_more_saves_and_ends(words, tmp_path, closed):
+    """As with `| head`, or when a connection is lost."""
+    folder = tmp_path / "run"
+    reader, writer = os.openpty() if closed == "terminal" else os.pipe()
+    process = start([*words, "--run_dir", str(folder)], stdout=writer)
+    os.close(writer)
+    shown = b""
+    while b"of 40" not in shown:
+        shown += os.read(reader, 4096)
+    os.close(reader)
+    _, err = finish(process, 128 + signal.SIGTERM)
+    assert "is saved; go on with: " in err and err.count("\n") == 1
+    assert any((folder / "checkpoints").iterdir())
 
 
 def test_ctrl_c_twice_and_resuming_a_finished_run(words, reference, tmp_path, capsys):

@@ -56,7 +56,9 @@ def write_text(folder: Path, documents: int = 12) -> Path:
     return folder
 
 
-def start(arguments: list[str], prologue: str = "", cwd: Path = ROOT) -> subprocess.Popen:
+def start(
+    arguments: list[str], prologue: str = "", cwd: Path = ROOT, stdout: int = subprocess.PIPE
+) -> subprocess.Popen:
     """`python -m train` in a process of its own; `prologue` is code that it runs first."""
     code = f"{prologue}\nimport runpy\nrunpy.run_module('train', run_name='__main__')"
     program = ["-c", code] if prologue else ["-m", "train"]
@@ -65,7 +67,7 @@ def start(arguments: list[str], prologue: str = "", cwd: Path = ROOT) -> subproc
         [sys.executable, *program, *arguments],
         cwd=cwd,
         env=environment,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -74,7 +76,7 @@ def start(arguments: list[str], prologue: str = "", cwd: Path = ROOT) -> subproc
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
     """Waits for the process, checks its exit code, and returns stdout and stderr."""
     out, err = process.communicate(timeout=240)
-    assert process.returncode == code, (process.returncode, out[-3000:], err[-3000:])
+    assert process.returncode == code, (process.returncode, out and out[-3000:], err[-3000:])
     return out, err
 
 

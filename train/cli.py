@@ -28,7 +28,7 @@ from train.config import (
     follows_every_gradient,
     resolve,
 )
-from train.errors import TrainError, UsageError, no_space, one_line
+from train.errors import TrainError, UsageError, no_space, one_line, silence_stdout
 from train.experiments import EXPERIMENTS, check_model, check_text, header, listing, model_of
 
 PROGRAM = "python -m train"
@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted before training began; nothing had to be saved", 130)
+    except BrokenPipeError:
+        return silence_stdout()
     except Exception as error:
         what = getattr(error, "filename", None) or "a file of the run or the cache"
         if reason := no_space(error):

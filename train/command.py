@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tyro
 
 from train.cli import unbox
-from train.errors import TrainError, UsageError, no_space, one_line
+from train.errors import TrainError, UsageError, no_space, one_line, silence_stdout
 
 T = TypeVar("T")
 
@@ -38,6 +38,8 @@ def main(
         return _fail(error, error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:
+        return silence_stdout()
     except OSError as error:
         what = error.filename or "a file"
         return _fail(f"{what}: {no_space(error) or error.strerror}; give another place", 2)

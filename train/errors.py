@@ -1,6 +1,7 @@
 """How a run ends other than well: every case is one line on stderr and an exit code."""
 
 import errno
+import os
 import signal
 import sys
 import warnings
@@ -24,7 +25,7 @@ class DivergedError(TrainError):
 
 
 class Interrupted(TrainError):
-    """Ctrl-C or SIGTERM; the exit code is the shell's convention, 128 + the signal's number."""
+    """Ctrl-C or a signal; the exit code is the shell's convention, 128 + the signal's number."""
 
     def __init__(self, message: str, signum: int = signal.SIGINT):
         super().__init__(message)
@@ -59,6 +60,12 @@ def no_space(error: BaseException) -> str | None:
             return _FULL[errno.EFBIG]
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def silence_stdout() -> int:
+    """Sends stdout nowhere, as nobody reads it any more; returns the exit code of such an end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def one_line(text: object) -> str:

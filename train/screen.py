@@ -1,7 +1,10 @@
 """What the user sees while a run goes on: tables, lines, and a progress bar on a terminal."""
 
+import contextlib
+import errno
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from rich.console import Console
@@ -9,12 +12,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from train.errors import silence_stdout
+
 # A pipe or a file has no width of its own; tables and paths shall not be folded there.
 _PLAIN_WIDTH = 160
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves the error to the caller; rich would end the program, and save nothing."""
+        raise  # noqa: PLE0704  (called where the error is handled)
+
+
 class Screen:
     """Prints to a terminal with a bar, elsewhere as plain lines.
+
+    When nobody reads any more (a closed pipe or terminal) it falls silent and raises SIGTERM, by
+    which a run saves and ends.
 
     Args:
       file: where to; stdout at the time of the call if not given.
@@ -23,13 +37,14 @@ class Screen:
     def __init__(self, file: TextIO | None = None):
         file = sys.stdout if file is None else file
         self._live = file.isatty()
-        self._console = Console(file=file, width=None if self._live else _PLAIN_WIDTH)
+        self._console = _Console(file=file, width=None if self._live else _PLAIN_WIDTH)
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
     def say(self, text: str) -> None:
         """One line, or a text laid out already."""
-        self._console.print(escape(text), soft_wrap=True, highlight=False)
+        with self._reader():
+            self._console.print(escape(text), soft_wrap=True, highlight=False)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is left-aligned, the others are right-aligned."""
@@ -38,7 +53,8 @@ class Screen:
             table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(escape, row))
-        self._console.print(table, highlight=False)
+        with self._reader():
+            self._console.print(table, highlight=False)
 
     def start(self, steps: int, done: int) -> None:
         """Begins the training's progress display."""
@@ -65,6 +81,17 @@ class Screen:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self._console.quiet = True
+            silence_stdout()
+            signal.raise_signal(signal.SIGTERM)
 
 
 def duration(seconds: float) -> str:

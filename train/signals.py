@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training."""
+"""Ctrl-C, SIGTERM and the end of the terminal (SIGHUP) during training."""
 
 import signal
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from train.errors import Interrupted
 
 
 class Signals:
-    """Notes the first Ctrl-C or SIGTERM inside the block, which then saves and ends.
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP inside the block, which then saves and ends.
 
     A second one, by an impatient hand or by a shell that signals twice, changes nothing; a third
     one ends the run at once, with what `story` tells.
@@ -20,8 +20,10 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # (Under nohup a run goes on without its terminal.)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
