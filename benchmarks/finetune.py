@@ -10,14 +10,18 @@ lines of `results.jsonl`, stay in the folder: the command given again goes on wh
 
 import argparse
 import json
+import math
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import _timing
 from benchmarks.pretrained import packaged
 from train import tasks
+from train.errors import DivergedError
 from train.records import read
 
 
@@ -34,9 +38,9 @@ LOMO = ("--optimizer.name", "lomo", "--optimizer.clip_norm", "1.0", *FUSED)
 LORA = ("--lora.rank", "8", "--lora.alpha", "16")
 SUBSPACE = ("--optimizer.rank", "64")
 METHODS = {
-    "LoRA": Method((*LORA, "--lora.freeze", "all"), "lora.learning_rate", (3e-4, 1e-3, 3e-3)),
-    "LOMO": Method(LOMO, rates=(0.01, 0.03, 0.1)),
-    "LoRA + LOMO": Method((*LORA, *LOMO), rates=(0.01, 0.03, 0.1)),
+    "LoRA": Method((*LORA, "--lora.freeze", "all"), "lora.learning_rate", (1e-3, 3e-3, 1e-2)),
+    "LOMO": Method(LOMO, rates=(0.03, 0.1, 0.3)),
+    "LoRA + LOMO": Method((*LORA, *LOMO), rates=(0.03, 0.1, 0.3)),
     "GaLore": Method(("--optimizer.name", "galore", *SUBSPACE), rates=(1e-4, 3e-4, 1e-3)),
     "OSD": Method(
         ("--optimizer.name", "online_subspace_descent", *SUBSPACE), rates=(1e-4, 3e-4, 1e-3)
@@ -52,10 +56,13 @@ def write_examples(task: str, path: Path) -> None:
 
 
 def train(method: Method, rate: float, folder: Path, common: Sequence[str]) -> float:
-    """Trains, or goes on, in a folder; the final loss on held-out examples."""
+    """Trains, or goes on, in a folder; the loss on held-out examples, infinite if it diverged."""
     words = [*common, *method.words, f"--{method.key}", str(rate), "--run_dir", str(folder)]
     if not _final(folder):
-        subprocess.run([sys.executable, "-m", "train", *words, "--resume"], check=True)
+        ended = subprocess.run([sys.executable, "-m", "train", *words, "--resume"])
+        if ended.returncode == DivergedError.exit_code:
+            return math.inf
+        ended.check_returncode()
     return _final(folder)[0]["validation_loss"]
 
 
@@ -125,28 +132,43 @@ def main() -> None:
     # What a result depends on: another setting is another row.
     setting = {key: getattr(args, key) for key in ("task", "steps", "batch_size", "length")}
     setting |= {"model": args.model.name, "limit": args.limit}
+    run = {
+        "command": shlex.join(["python", "-m", "benchmarks.finetune", *sys.argv[1:]]),
+        "versions": _timing.versions("jax", "optax", "flax"),
+    }
     found = []
     for name in args.methods or (ZERO, *METHODS):
         done = [r for r in rows if r["method"] == name and r["setting"] == setting]
         if not done:
-            done = [{"method": name, "setting": setting, **_measure(name, args, common)}]
+            done = [{"method": name, "setting": setting, **_measure(name, args, common), **run}]
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(done[0]) + "\n")
         found.append(done[0])
     print(table(found))
+    for row in found:
+        if row["tried"]:
+            tried = ", ".join(
+                f"{'diverged' if loss is None else f'{loss:.3f}'} ({rate})"
+                for rate, loss in row["tried"].items()
+            )
+            print(f"{row['method']}: held-out loss (learning rate) {tried}")
 
 
 def _measure(name: str, args: argparse.Namespace, common: Sequence[str]) -> dict[str, Any]:
     if name == ZERO:
-        return {"rate": None, "loss": None, **_scores(evaluate(str(args.model), args))}
-    method, runs = METHODS[name], {}
+        scores = _scores(evaluate(str(args.model), args))
+        return {"rate": None, "loss": None, "tried": {}, **scores}
+    method = METHODS[name]
     label = f"{args.task}-{args.steps}x{args.batch_size}x{args.length}-{name.replace(' ', '')}"
+    folders = {rate: args.out / f"{label}-{rate:g}" for rate in method.rates}
+    losses = {}
     for rate in method.rates:
-        folder = args.out / f"{label}-{rate:g}"
-        runs[train(method, rate, folder, common)] = (rate, folder)
-    loss = min(runs)
-    rate, folder = runs[loss]
-    return {"rate": rate, "loss": loss, **_scores(evaluate(str(folder), args))}
+        losses[rate] = train(method, rate, folders[rate], common)
+    rate = min(losses, key=lambda rate: losses[rate])
+    # (JSON has no infinity.)
+    tried = {f"{rate:g}": loss if loss < math.inf else None for rate, loss in losses.items()}
+    scores = _scores(evaluate(str(folders[rate]), args))
+    return {"rate": rate, "loss": losses[rate], "tried": tried, **scores}
 
 
 def _scores(row: dict[str, Any]) -> dict[str, Any]:
