@@ -9,7 +9,7 @@ import pytest
 
 from models import llama, lora
 from models.config import LlamaConfig
-from optax_subspace import QuantizedWeight
+from optax_subspace import QuantizedWeight, dequantize
 from tests.train_helpers import batch_shapes, pair
 from train import memory, step
 from train.config import Config, LoraConfig, OptimizerConfig, resolve
@@ -31,6 +31,15 @@ def train(name, fused, adapters=NONE, model=MODEL, int8=False, steps=6):
     for windows in WINDOWS[:steps]:
         state, metrics = run(state, pair(windows))
     return before, state, metrics, optimizer
+
+
+def test_an_evaluation_makes_arrays_of_int8_kernels_layer_by_layer():
+    model = dataclasses.replace(MODEL, hidden_size=64, intermediate_size=172, num_layers=8)
+    stored = step.kernels_in_int8(llama.init_params(model, jax.random.key(0)))
+    run, batch, weights = step.make_eval_step(model), pair(WINDOWS[0]), dequantize(stored)
+    np.testing.assert_allclose(run(stored, batch), run(weights, batch), rtol=1e-6)
+    temporaries = run.lower(stored, batch).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < 0.5 * memory.tree_bytes(weights["layers"])
 
 
 def largest_difference(a, b):

@@ -7,10 +7,10 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_subspace import FusedState, QuantizedWeight, dequantize, state_shardings
+from optax_subspace import FusedState, dequantize, state_shardings
 from train.mesh import Mesh, with_shardings
 from train.optimizer import Optimizer
-from train.step import State, kernels_in_int8
+from train.step import State, are_in_int8, kernels_in_int8
 
 
 def place(shapes: State, optimizer: Optimizer, mesh: Mesh) -> State:
@@ -18,8 +18,7 @@ def place(shapes: State, optimizer: Optimizer, mesh: Mesh) -> State:
     arrays = jax.eval_shape(dequantize, shapes.params)
     arrays = with_shardings(arrays, mesh.of_params(arrays))
     params = jax.tree.map(lambda x: x.sharding, arrays)
-    is_quantized = lambda x: isinstance(x, QuantizedWeight)
-    if any(map(is_quantized, jax.tree.leaves(shapes.params, is_leaf=is_quantized))):
+    if are_in_int8(shapes.params):
         # Codes and scales of int8 weights belong to a parameter as its moments do.
         store: Any = optax.GradientTransformation(lambda p: kernels_in_int8(p, mesh.fsdp), None)
         params = state_shardings(store, arrays)

@@ -14,6 +14,7 @@ from optax_subspace import (
     FusedStep,
     Hamiltonian,
     LossScale,
+    QuantizedWeight,
     apply_updates,
     dequantize,
     fused_backward,
@@ -98,6 +99,12 @@ def kernels_in_int8(params: Any, shards: int = 1) -> Any:
     return {**params, "layers": jax.vmap(store)(params["layers"])}
 
 
+def are_in_int8(params: Any) -> bool:
+    """Whether the layers' kernels are kept in int8."""
+    is_stored = lambda x: isinstance(x, QuantizedWeight)
+    return any(map(is_stored, jax.tree.leaves(params, is_leaf=is_stored)))
+
+
 def make_fused(
     model: LlamaConfig,
     optimizer: Optimizer,
@@ -106,24 +113,16 @@ def make_fused(
     at_source: bool = False,
 ) -> FusedStep:
     """The model's parts and the optimizer in a fused backward pass over `Batch` or `Weighted`."""
-    parts, trained, mesh = llama.pieces(model), _trained(optimizer), work.mesh
+    trained, parts = _trained(optimizer), walk(model, work)
     of_batch = lambda batch: batch.batch if isinstance(batch, Weighted) else batch
-    # Given what it reads alone: the step updates the rest at the other end.
-    start, end = ("embed",), ("norm", "embed" if model.tie_embeddings else "head")
-    pick = lambda rest, keys: trained({key: rest[key] for key in keys})
-    embed = over_rows(mesh, lambda rest, batch: block_input(parts, rest, batch))
-    block = over_rows(mesh, lambda layer, x: run_block(parts, layer, x), "layers/")
-    mean = _over_rows_mean(
-        mesh, lambda part, x, batch: parts.loss(part, x[0], batch.targets, batch.mask)
-    )
 
     def loss(rest: Any, x: Any, batch: Any) -> jax.Array:
-        value = mean(pick(rest, end), x, of_batch(batch))[0]
+        value = parts.mean(trained(rest), x, of_batch(batch))[0]
         return value * batch.weight if isinstance(batch, Weighted) else value
 
     return fused_backward(
-        lambda rest, batch: embed(pick(rest, start), of_batch(batch)),
-        lambda layer, x: block(trained(layer), x),
+        lambda rest, batch: parts.embed(trained(rest), of_batch(batch)),
+        lambda layer, x: parts.block(trained(layer), x),
         loss,
         optimizer.tx,
         clip_norm=optimizer.clip_norm,
@@ -132,6 +131,32 @@ def make_fused(
         remat=model.remat,
         loss_scale=LossScale() if model.dtype == "float16" else None,
         seed=seed,
+    )
+
+
+class Walk(NamedTuple):
+    """The model in parts, of batches whose rows are split over the devices."""
+
+    embed: Callable[[Any, Batch], Any]  # (rest, batch) -> x
+    block: Callable[[Any, Any], Any]  # (layer, x) -> x
+    # (rest, x, batch) -> (mean nats a token, number of tokens)
+    mean: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+def walk(model: LlamaConfig, work: Work = ALONE) -> Walk:
+    """The model as a walk through its layers, for what never holds all of them as arrays."""
+    parts, mesh = llama.pieces(model), work.mesh
+    # Given what it reads alone: a fused step updates the rest at the other end.
+    start, end = ("embed",), ("norm", "embed" if model.tie_embeddings else "head")
+    pick = lambda rest, keys: {key: rest[key] for key in keys}
+    embed = over_rows(mesh, lambda rest, batch: block_input(parts, rest, batch))
+    mean = _over_rows_mean(
+        mesh, lambda part, x, batch: parts.loss(part, x[0], batch.targets, batch.mask)
+    )
+    return Walk(
+        lambda rest, batch: embed(pick(rest, start), batch),
+        over_rows(mesh, lambda layer, x: run_block(parts, layer, x), "layers/"),
+        lambda rest, x, batch: mean(pick(rest, end), x, batch),
     )
 
 
@@ -341,15 +366,23 @@ def make_hamiltonian_step(optimizer: Optimizer, work: Work = ALONE) -> Any:
 def make_eval_step(model: LlamaConfig, work: Work = ALONE) -> Any:
     """A jitted function of parameters and a batch: total nats, tokens."""
     definition, size = llama.graphdef(model), work.micro_batch_size
-    mean = _over_rows_mean(
+    whole = _over_rows_mean(
         work.mesh,
         lambda params, batch: llama.merge(definition, params).loss(
             batch.inputs, batch.targets, batch.mask, batch.segments
         ),
     )
+    parts = walk(model, work)
+
+    def mean(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        if not are_in_int8(params):
+            return whole(params, batch)
+        # Kernels in int8 become arrays layer by layer, as they do in the fused step.
+        one = lambda x, layer: (parts.block(dequantize(layer), x), None)
+        x, _ = jax.lax.scan(one, parts.embed(params, batch), params["layers"])
+        return parts.mean(params, x, batch)
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        params = dequantize(params)
         if not _is_divided(batch, size):
             loss, count = mean(params, batch)
             return loss * count, count
