@@ -85,10 +85,11 @@ class Quantized:
 
 def _register(cls: type[Quantized]) -> None:
     def flatten_with_keys(q):
-        # The code's name is part of the path under which a checkpoint keeps the codes, so that one
-        # that was written with another code does not fit.
+        # Code and shape are part of the path under which a checkpoint keeps the codes, so that one
+        # that was written with others does not fit: the codes' own shapes are those of blocks.
         sign = "" if q.layout.signed else "_unsigned"
-        keys = (jax.tree_util.GetAttrKey(q.layout.code + sign), jax.tree_util.GetAttrKey("scales"))
+        name = f"{q.layout.code}{sign}_{'x'.join(map(str, q.slice_shape))}"
+        keys = (jax.tree_util.GetAttrKey(name), jax.tree_util.GetAttrKey("scales"))
         return tuple(zip(keys, (q.codes, q.scales), strict=True)), (
             q.slice_shape,
             q.dtype,
@@ -155,6 +156,8 @@ def quantize(
 def _encode(x: jax.Array, layout: Layout, key: jax.Array | None) -> Quantized:
     codec = layout.codec
     blocks = _to_blocks(x.astype(jnp.float32), layout)
+    if not layout.signed:
+        blocks = jnp.maximum(blocks, 0)
     largest = jnp.max(blocks, axis=-1)
     if layout.signed:
         least = jnp.min(blocks, axis=-1)
@@ -179,7 +182,7 @@ def quantize_like(x: jax.Array, stored: Quantized, key: jax.Array | None = None)
     one = lambda x, key: _encode(x, stored.layout, key)
     for _ in batch:
         one = jax.vmap(one, in_axes=(0, None if key is None else 0))
-    new = one(x.astype(stored.dtype), keys)
+    new = one(x, keys)
     return type(stored)(new.codes, new.scales, stored.slice_shape, stored.dtype, stored.layout)
 
 
@@ -191,12 +194,13 @@ def dequantize(tree: Any) -> Any:
       >>> dequantize({"w": quantize(jnp.arange(3.0), "linear"), "b": 0.5})
       {'b': 0.5, 'w': Array([0.      , 0.992126, 2.      ], dtype=float32)}
     """
-    restore = lambda x: _decode(x) if is_quantized(x) else x
+    restore = lambda x: decoded(x) if is_quantized(x) else x
     return jax.tree.map(restore, tree, is_leaf=is_quantized)
 
 
-@jax.jit
-def _decode(stored: Quantized) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="dtype")
+def decoded(stored: Quantized, dtype: Any = None) -> jax.Array:
+    """The array that is stored, in its own dtype or in another."""
     codes, codec = stored.codes, stored.layout.codec
     if codec.bits == 4:
         codes = jnp.concatenate([codes & 0xF, codes >> 4], axis=-1)
@@ -204,7 +208,7 @@ def _decode(stored: Quantized) -> jax.Array:
     restore = lambda b: _from_blocks(b, stored.slice_shape, stored.layout)
     for _ in range(stored.batch):
         restore = jax.vmap(restore)
-    return restore(blocks).astype(stored.dtype)
+    return restore(blocks).astype(stored.dtype if dtype is None else dtype)
 
 
 def storage_of(dtype: Any) -> Any:

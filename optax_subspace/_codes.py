@@ -66,6 +66,9 @@ class Levels(NamedTuple):
     def choose(self, x: jax.Array, uniform: jax.Array | None) -> jax.Array:
         """The index of the nearest level to ``x`` in ``[0, 1]``, or of a neighbour drawn."""
         index = jnp.clip(self.below(x).astype(jnp.int32), 0, self.top - 1)
+        if uniform is not None:
+            # Exactly: the estimate may be one too low, and then nothing would be drawn.
+            index = jnp.minimum(index + (self.level(index + 1) <= x), self.top - 1)
         low, high = self.level(index), self.level(index + 1)
         if uniform is None:
             # 2 x against low + high, whose rounding error is `lost` (Knuth's two-sum).

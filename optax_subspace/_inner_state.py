@@ -19,8 +19,19 @@ from optax_subspace._refresh import Turn
 
 # The fields in which optax and its contrib package keep squares of gradients, and their means.
 _SECOND_MOMENTS = frozenset({"nu", "nu_max", "v_row", "v_col", "sum_of_squares", "exp_avg_sq"})
+_SECOND_MOMENTS |= {"e_g", "e_x", "grad_sum_sq"}
 _FIRST_MOMENTS = frozenset({"mu", "trace", "momentum", "exp_avg"})
 _OTHERS = frozenset({"m", "n", "v"})  # squares in one optimizer, means in another
+# States in which a field is not what its name says elsewhere, or which make plain what it is, by
+# what they are called or by another of their fields.
+_IN = {
+    "ScaleBySM3State": {"mu": True, "nu": False},
+    "SophiaState": {"nu": False},  # a Hessian's diagonal
+    "v_row": {"v": True},  # of what is not factored
+    "m": {"n": True},  # Adan, simplified AdEMAMix
+}
+# Where weights are kept: by schedule-free, Prodigy, DoG, COCOB, MADGRAD and L-BFGS.
+_WEIGHTS = frozenset({"z", "params0", "init_params", "init_particles", "x0", "params"})
 
 
 def map_leaves(
@@ -89,13 +100,17 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def holds_squares(path: Sequence[Any]) -> bool | None:
+def holds_squares(path: Sequence[Any], state: Any) -> bool | None:
     """Whether an array at this path of a state is a second moment; None if no name tells.
 
     The first name that tells decides: what comes after it are the parameters' own names.
     """
-    for key in path:
+    for key, node in _along(path, state):
         name = getattr(key, "name", getattr(key, "key", None))
+        of_node = (type(node).__name__, *getattr(node, "_fields", ()))
+        for told in (_IN[x] for x in of_node if x in _IN):
+            if name in told:
+                return told[name]
         if name in _SECOND_MOMENTS:
             return True
         if name in _FIRST_MOMENTS:
@@ -103,6 +118,25 @@ def holds_squares(path: Sequence[Any]) -> bool | None:
         if name in _OTHERS:
             return None
     return None
+
+
+def holds_weights(path: Sequence[Any], state: Any) -> bool:
+    """Whether an array at this path of a state is a copy of weights, told by its field's name."""
+    for key, node in _along(path, state):
+        name = getattr(key, "name", None)
+        if name in _WEIGHTS and name in getattr(node, "_fields", ()):
+            return True
+        if holds_squares([key], node) is not None:
+            return False
+    return False
+
+
+def _along(path: Sequence[Any], node: Any) -> Iterator[tuple[Any, Any]]:
+    """The keys of a path, each with the node that it leads on from (None where that is unknown)."""
+    for key in path:
+        yield key, node
+        children = jax.tree_util.default_registry.flatten_one_level_with_keys(node)
+        node = dict(children[0]).get(key) if children else None
 
 
 def keep_skipped(
@@ -148,7 +182,7 @@ def turn_moments(
             if x.shape != plan.low_shape or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
             # An array of another name is one of squares if no number in it is negative.
-            return turn.apply(x, plan, squared=holds_squares((*path, *inner_path)))
+            return turn.apply(x, plan, squared=holds_squares((*path, *inner_path), state))
 
         return jax.tree_util.tree_map_with_path(on_array, part, is_leaf=is_quantized)
 

@@ -21,7 +21,7 @@ from optax_subspace._blocks import (
     quantize_like,
 )
 from optax_subspace._codes import code_of
-from optax_subspace._inner_state import holds_squares
+from optax_subspace._inner_state import holds_squares, holds_weights
 from optax_subspace._leaves import path_name
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import ProjectionState
@@ -114,7 +114,7 @@ def quantize_state(
         def store(path, x):
             # A variable of NNX gives way to its blocks: NNX would take them for a part of the tree.
             value = x.get_value() if is_variable(x) else x
-            layout = _layout(path, value, default, compiled, min_size, matched)
+            layout = _layout(path, value, state, default, compiled, min_size, matched)
             if layout is None:
                 return x
             # (Not folded: XLA would compute the codes of so many zeros while it compiles.)
@@ -181,20 +181,21 @@ def _check_rules(
 def _layout(
     path: Any,
     x: Any,
+    state: Any,
     default: Layout,
     rules: Sequence[tuple[re.Pattern[str], str | Layout | None]],
     min_size: int,
     matched: dict[str, bool],
 ) -> Layout | None:
-    """How an array of the state is stored; None if it stays as it is."""
+    """How an array ``x`` of the state is stored; None if it stays as it is."""
     name = path_name(path)
     fits = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
     found = [(pattern.pattern, code) for pattern, code in rules if pattern.search(name)]
     for pattern, _ in found:
         matched[pattern] = matched.get(pattern, False) or fits
-    code = found[0][1] if found else default.code
+    code = found[0][1] if found else None if holds_weights(path, state) else default.code
     if code is None or not fits or x.size < min_size:
         return None
     if isinstance(code, Layout):
         return code
-    return dataclasses.replace(default, code=code, signed=not holds_squares(path))
+    return dataclasses.replace(default, code=code, signed=not holds_squares(path, state))

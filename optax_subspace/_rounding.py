@@ -11,7 +11,7 @@ import optax
 from optax_subspace._blocks import (
     Layout,
     Quantized,
-    dequantize,
+    decoded,
     is_quantized,
     quantize,
     quantize_like,
@@ -135,7 +135,9 @@ def _apply(param: Any, update: Any, key: jax.Array | None) -> Any:
     if update is None:
         return param
     if is_quantized(param):
-        total = dequantize(param).astype(jnp.float32) + jnp.asarray(update, jnp.float32)
+        # (Not as arrays of the weight's own dtype: bfloat16 would round away a good part of the
+        # distance of two codes, at every step.)
+        total = decoded(param, jnp.float32) + jnp.asarray(update, jnp.float32)
         # Decoded values lie between codes by their last bits, from which a frozen weight would
         # drift by whole codes, now and then.
         moves = jnp.any(update != 0)

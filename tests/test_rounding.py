@@ -117,6 +117,29 @@ def test_int8_weights_train_in_place():
     assert gain(nearest) < gain(drawn) - 0.1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_int8_weights_of_any_dtype_keep_what_is_not_moved(dtype):
+    """Codes are sums of float32: one of bfloat16 would be off by a quarter of their distance."""
+    weight = (0.02 * jax.random.normal(jax.random.key(0), (64, 256))).astype(dtype)
+    start = params = osub.quantize_weights({"w": weight})
+    update = {"w": jnp.zeros(weight.shape).at[0, 0].set(1e-9)}
+    step = jax.jit(lambda p, key: osub.apply_updates(p, update, key=key))
+    for i in range(200):
+        params = step(params, jax.random.key(i))
+    assert jnp.mean(params["w"].codes != start["w"].codes) < 2e-3
+    # And small moves of all weights are kept in the mean.
+    away = jax.random.normal(jax.random.key(1), weight.shape)
+    distance = jnp.abs(start["w"].scales)[:, None] / 127
+    moves = {"w": 0.05 * away * distance.reshape(weight.shape[0], -1)}
+    move = jax.jit(lambda p, key: osub.apply_updates(p, moves, key=key))
+    params = start
+    for i in range(100):
+        params = move(params, jax.random.key(i))
+    value = lambda p: (p["w"].codes * p["w"].scales[..., None] / 127).reshape(weight.shape)
+    gained = (value(params) - value(start)) / distance
+    assert abs(float(jnp.vdot(gained, away) / jnp.vdot(away, away)) - 5) < 0.1
+
+
 def test_int8_weights_update_in_place_by_the_compilers_account():
     params = osub.quantize_weights({"w": jnp.ones((256, 512))})
     step = jax.jit(lambda p, u, k: osub.apply_updates(p, u, key=k), donate_argnums=0)
