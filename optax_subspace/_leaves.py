@@ -208,11 +208,16 @@ def compile_rules(rules: Rules | None) -> list[tuple[re.Pattern[str], DimensionN
                 f"the spec of rule {pattern!r} is {spec!r}: give MatrixSpec(reduction_axis=..., "
                 "output_axis=...), one of optax's dimension numbers, or None"
             )
-        try:
-            compiled.append((re.compile(pattern), spec))
-        except re.error as e:
-            raise ValueError(f"the rule's pattern {pattern!r} is no regular expression: {e}") from e
+        compiled.append((compile_pattern(pattern), spec))
     return compiled
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A rule's pattern; raises ValueError if it is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"the rule's pattern {pattern!r} is no regular expression: {e}") from e
 
 
 def plan_leaf(path, leaf, rules, rank, side) -> LeafPlan:

@@ -22,7 +22,7 @@ from optax_subspace._blocks import (
 )
 from optax_subspace._codes import code_of
 from optax_subspace._inner_state import holds_squares, holds_weights
-from optax_subspace._leaves import path_name
+from optax_subspace._leaves import compile_pattern, path_name
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors._base import check_count, key_of
@@ -54,9 +54,9 @@ def quantize_state(
     """Stores the arrays of ``inner``'s state in 8 or 4 bits between its updates.
 
     At each update the arrays are decoded to float32, ``inner`` is updated, and they are encoded
-    again. Real floating-point arrays of ``min_size`` values or more are stored so; counters, random
-    keys and the bases of a projection (which have a ``projector_dtype`` of their own) stay as they
-    are.
+    again. Real floating-point arrays of ``min_size`` values or more are stored so. Counters, random
+    keys, copies of the weights (``z`` of schedule-free, ``params0`` of Prodigy) and the whole state
+    of a projection stay as they are: its bases have a ``projector_dtype`` of their own.
 
     Args:
       inner: any optax transformation, :func:`scale_by_subspace` or a member of a chain after
@@ -85,7 +85,7 @@ def quantize_state(
       A transformation with state :class:`QuantizedState`.
 
     Raises:
-      ValueError: the code is unknown, or ``block`` no power of two.
+      ValueError: the code is unknown, ``block`` no power of two, a pattern no regular expression.
       TypeError: at ``init``, a rule gives a code to arrays of integers or keys alone.
 
     Example:
@@ -101,7 +101,7 @@ def quantize_state(
     """
     inner = optax.with_extra_args_support(inner)
     default = Layout(code, True, block, shards)
-    compiled = [(re.compile(pattern), rule) for pattern, rule in rules or ()]
+    compiled = [(compile_pattern(pattern), rule) for pattern, rule in rules or ()]
     for _, rule in compiled:
         if isinstance(rule, str):
             code_of(rule)

@@ -64,15 +64,31 @@ def quantize_weights(
 
     Returns:
       The tree with :class:`QuantizedWeight` nodes in place of arrays.
+
+    Raises:
+      TypeError: a matrix holds integers or complex numbers.
     """
     layout = Layout("linear", True, block, shards)
-    leaves, structure = jax.tree.flatten(params)
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in with_paths]
     if rules is None:
         matrices = [jnp.ndim(x) > 1 for x in leaves]
     else:
         matrices = [p.projected for p in plan(params, rules, rank=1)]
-    store = lambda x, fits: _weight(quantize(x, layout)) if fits and x.size >= min_size else x
-    stored = [store(x, fits) for x, fits in zip(leaves, matrices, strict=True)]
+
+    def store(path, x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"quantize_weights: parameter {path_name(path)} has dtype {x.dtype}: only real "
+                "floating-point matrices can be kept in int8; leave it out with a rule "
+                "(pattern, None)"
+            )
+        return _weight(quantize(x, layout))
+
+    stored = [
+        store(path, x) if is_matrix and x.size >= min_size else x
+        for (path, x), is_matrix in zip(with_paths, matrices, strict=True)
+    ]
     return jax.tree.unflatten(structure, stored)
 
 

@@ -118,11 +118,14 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
         """An array that is split so, or the blocks of one."""
         if not is_quantized(x):
             return named(axes)
-        whole = _block_axes(x, axes, lambda a: math.prod(mesh.shape[name] for name in a or ()))
+        count = lambda a: math.prod(mesh.shape[name] for name in a or ())
+        whole = _block_axes(x, axes, count)
         if whole is None:
+            parts = math.lcm(*map(count, axes))
             warnings.warn(
                 f"an array of shape {x.shape} is split over {axes}, and its blocks are not: each "
-                "device keeps all of it. Give quantize_state(..., shards=) the number of devices",
+                f"device keeps all of it. Give quantize_state(..., shards={parts}), or another "
+                "multiple of it that divides the lengths of these axes",
                 UserWarning,
                 stacklevel=2,
             )

@@ -190,6 +190,8 @@ def test_errors():
         osub.quantize_state(adam, "dinamic")
     with pytest.raises(ValueError, match="code must be one of"):
         osub.quantize_state(adam, rules=[("mu", "int8")])
+    with pytest.raises(ValueError, match=r"the rule's pattern 'mu\(' is no regular expression"):
+        osub.quantize_state(adam, rules=[("mu(", None)])
     for block in (0, 1, 100):
         with pytest.raises(ValueError, match="block must be"):
             osub.quantize_state(adam, block=block)

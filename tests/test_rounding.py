@@ -169,6 +169,12 @@ def test_int8_weights_of_several_axes_dtypes_and_options(tmp_path):
     chex.assert_trees_all_equal(restored, stored)
 
 
+def test_weights_that_cannot_be_kept_in_int8_are_named():
+    table = {"layer": {"table": jnp.ones((64, 64), jnp.int32)}}
+    with pytest.raises(TypeError, match="layer/table has dtype int32.*leave it out with a rule"):
+        osub.quantize_weights(table)
+
+
 def test_rules_choose_the_weights_that_are_kept_in_int8():
     shapes = {"kernel": (2, 8, 16), "scale": (2, 8), "embedding": (50, 8), "one_row": (1, 90)}
     params = {k: jnp.ones(v) for k, v in shapes.items()}
