@@ -31,10 +31,12 @@ PUBLISHED = {"AdamW": 102.20, "SGD": 51.99, "LOMO": 14.58}
 RATE = 1e-3
 
 
-def methods(rank: int) -> dict[str, optax.GradientTransformation]:
-    """The optimizers of the table."""
+def methods(
+    rank: int, side: str = "shorter", bases: str = "bfloat16"
+) -> dict[str, optax.GradientTransformation]:
+    """The optimizers of the table; the side of the bases, and how they are stored."""
     rules = llama.subspace_rules()
-    eight_bits: dict[str, Any] = {"rules": rules, "projector_dtype": "bfloat16"}
+    eight_bits: dict[str, Any] = {"rules": rules, "projector_dtype": bases, "side": side}
     return {
         "AdamW": optax.adamw(RATE),
         "SGD": osub.lomo(RATE),
@@ -128,6 +130,8 @@ def main() -> None:
     parser.add_argument(
         "--steps", nargs="+", choices=("plain", "fused"), default=["plain", "fused"]
     )
+    parser.add_argument("--side", default="shorter", help="of GaLore's and OSD's bases")
+    parser.add_argument("--bases", default="bfloat16", help="dtype or code of the bases")
     parser.add_argument("--int8", action="store_true", help="kernels in int8")
     parser.add_argument("--keep", action="store_true", help="keep residuals, compute nothing anew")
     args = parser.parse_args()
@@ -156,7 +160,8 @@ def main() -> None:
         params = put(jax.eval_shape(kernels_in_int8, arrays) if args.int8 else arrays)
         windows = put(jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32))
         rows = [compile_row("forward only", evaluation(config), (params, windows), ())]
-        chosen = {name: tx for name, tx in methods(rank).items() if name in args.methods}
+        found = methods(rank, args.side, args.bases)
+        chosen = {name: tx for name, tx in found.items() if name in args.methods}
         for name, tx in chosen.items():
             if "plain" in args.steps:
                 state = put(jax.eval_shape(tx.init, arrays))
