@@ -44,6 +44,7 @@ VARIANTS = {
     "int8 weights, to nearest": Variant(
         "galore", {"int8_weights": True, "stochastic_rounding": False}, "float32", "galore"
     ),
+    "bfloat16, kernels in int8": Variant("galore", {"int8_weights": True}, "bfloat16", "galore"),
 }
 
 
