@@ -8,7 +8,6 @@ is the most that a device holds at once: arguments, and of the temporaries those
 
 import argparse
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -99,11 +98,9 @@ def compile_row(name: str, function: Any, arguments: tuple[Any, ...], donate: An
     try:
         compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"\(([\d.]+)([MG])\) exceeds", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needs = f"{found[1]} {found[2]}iB" if found else "more than there is"
-        return [name, "", "", "", "", f"refused: needs {needs}", ""]
+        return [name, "", "", "", "", f"refused: {topology.why_refused(str(error))}", ""]
     memory = compiled.memory_analysis()
     sizes = [
         memory.argument_size_in_bytes,

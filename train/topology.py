@@ -137,9 +137,7 @@ def compile_step(config: Config, grid: mesh.Mesh) -> Compiled | Refused:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
-        words = f"needs {found[1]}iB of {found[2]}iB" if found else one_line(error)[:200]
-        return Refused(words)
+        return Refused(why_refused(str(error)))
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -147,6 +145,19 @@ def compile_step(config: Config, grid: mesh.Mesh) -> Compiled | Refused:
     if not getattr(memory, "peak_memory_in_bytes", 0):
         peak = arguments + results + temporaries
     return Compiled(arguments, temporaries, peak, hlo.traffic(compiled.as_text()))
+
+
+def why_refused(message: str) -> str:
+    """The compiler's words on memory, which differ between versions of libtpu, in short.
+
+    >>> why_refused("RESOURCE_EXHAUSTED: Ran out of memory. Used 17.5G of 15.75G hbm.")
+    'needs 17.5GiB of 15.75GiB'
+    >>> why_refused("memory for HLO temporaries (34.85G) exceeds available HBM (15.75G)")
+    'needs 34.85GiB of 15.75GiB'
+    """
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", message)
+    found = found or re.search(r"\(([\d.]+\w)\) exceeds .*?\(([\d.]+\w)\)", message)
+    return f"needs {found[1]}iB of {found[2]}iB" if found else one_line(message)[:200]
 
 
 def gibibytes(count: int) -> str:
