@@ -13,7 +13,7 @@ import optax
 
 from optax_subspace._hamiltonian import scale_by_hamiltonian_descent
 from optax_subspace._kinetic import adam_kinetic
-from optax_subspace._leaves import Rules, path_name
+from optax_subspace._leaves import Rules, leaf_names
 from optax_subspace._lomo import decay_of
 from optax_subspace._projectors import Projector, history_pca, svd
 from optax_subspace._subspace import scale_by_subspace
@@ -117,7 +117,7 @@ def galore(
         projector_dtype=projector_dtype,
         stagger=bool(stagger),
         moments=moments,
-        seed=seed or 0,
+        seed=0 if seed is None else seed,
     )
 
 
@@ -138,7 +138,7 @@ def online_subspace_descent(
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Online Subspace Descent: a basis that follows each gradient, with no SVD after the first.
+    r"""Online Subspace Descent: a basis that follows each gradient, found once by an SVD.
 
     .. math::
       W_{t+1} = W_t - \eta \bigl(\alpha P_t \, \mathrm{inner}(P_t^\top G_t) + \lambda W_t\bigr),
@@ -198,7 +198,7 @@ def online_subspace_descent(
         projector_dtype=projector_dtype,
         stagger=bool(stagger),
         moments=moments,
-        seed=seed or 0,
+        seed=0 if seed is None else seed,
     )
 
 
@@ -244,8 +244,9 @@ def finished(
     def update_fn(updates, state, params=None, **extra_args):
         updates, new = tx.update(updates, state, params, **extra_args)
         before, now = state[0].projection.skipped, new[0].projection.skipped
-        stays = lambda path, u: jnp.where(now[path_name(path)] > before[path_name(path)], 0, u)
-        return jax.tree_util.tree_map_with_path(stays, updates), new
+        structure: Any = jax.tree.structure(updates)
+        stays = lambda name, u: jnp.where(now[name] > before[name], 0, u)
+        return structure.unflatten(map(stays, leaf_names(updates), jax.tree.leaves(updates))), new
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 

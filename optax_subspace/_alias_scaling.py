@@ -88,7 +88,7 @@ def apollo(
         projector_dtype=projector_dtype,
         stagger=bool(stagger),
         moments=moments,
-        seed=seed or 0,
+        seed=0 if seed is None else seed,
     )
     return finished(subspace, learning_rate, weight_decay, mask)
 
@@ -194,6 +194,6 @@ def fira(
         projector_dtype=projector_dtype,
         stagger=bool(stagger),
         moments=moments,
-        seed=seed or 0,
+        seed=0 if seed is None else seed,
     )
     return finished(subspace, learning_rate, weight_decay, mask)

@@ -27,7 +27,7 @@ from optax_subspace._projection_state import (
     check_unique,
 )
 from optax_subspace._projectors import Projector, svd
-from optax_subspace._projectors._base import check_count, key_of
+from optax_subspace._projectors._base import check_count, check_projector, key_of
 from optax_subspace._refresh import (
     Refreshed,
     Turn,
@@ -74,10 +74,7 @@ class Subspace:
         check_count("rank", rank)
         check_side(side)
         projector = svd() if projector is None else projector
-        if not isinstance(projector, Projector):
-            raise TypeError(
-                f"projector must be a Projector such as svd(every=200), got {projector!r}"
-            )
+        check_projector("projector", projector)
         if moments not in MOMENTS:
             raise ValueError(f"moments must be one of {', '.join(MOMENTS)}, got {moments!r}")
         check_count("accumulate", accumulate)
@@ -141,7 +138,10 @@ class Subspace:
         for number, side in enumerate(plan.sides):
             m, n = plan.matrix_shape if side == "left" else plan.matrix_shape[::-1]
             keys = jax.random.split(jax.random.fold_in(key, number), slices)
-            state = jax.vmap(lambda k, m=m, n=n: rule.init(k, m, n, plan.rank))(keys)
+            try:
+                state = jax.vmap(lambda k, m=m, n=n: rule.init(k, m, n, plan.rank))(keys)
+            except ValueError as error:
+                raise ValueError(f"parameter {plan.path}: {error}") from error
             states.append(jax.tree.map(lambda x: x.reshape(plan.batch_shape + x.shape[1:]), state))
         storage = storage_of(self.projector_dtype) or compute_dtype(plan.dtype)
         batch = len(plan.batch)
@@ -205,6 +205,7 @@ class Subspace:
             if last is not None:
                 # A gradient that is not finite makes the sum so, which skips all of it.
                 total = state.accumulated[plan.path] + low
+                total = total.astype(state.accumulated[plan.path].dtype)
                 accumulated[plan.path] = jnp.where(last, 0, total)
                 low = total / self.accumulate
             finite = jnp.all(jnp.isfinite(low))

@@ -23,7 +23,8 @@ from optax_subspace._leaves import LeafPlan, Rules
 from optax_subspace._projected import is_projected
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector
-from optax_subspace._subspace import inner_update, low_rank_tree
+from optax_subspace._projectors._base import transformation
+from optax_subspace._subspace import init_inner, inner_update
 
 _slot = threading.local()
 
@@ -117,13 +118,13 @@ def in_subspace(inner: optax.GradientTransformation) -> optax.GradientTransforma
       >>> tx.init({"w": jnp.ones((16, 8))})[1].inner.trace["w"].shape
       (16, 2)
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("in_subspace: inner", inner)
 
     def init_fn(params):
         plans = _take_offer(params)
         if plans is None:
             return inner.init(params)
-        return InSubspaceState(inner.init(low_rank_tree(params, plans)))
+        return InSubspaceState(init_inner(inner, params, plans))
 
     def update_fn(updates, state, params=None, **extra_args):
         _slot.offer = None

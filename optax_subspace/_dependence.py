@@ -11,7 +11,7 @@ import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from optax_subspace._bases import IN_TURN
-from optax_subspace._leaves import path_name
+from optax_subspace._leaves import leaf_names
 
 _Leaves = frozenset[int]  # indices of the gradients that a value depends on
 _NONE: _Leaves = frozenset()
@@ -43,7 +43,7 @@ def check_leaves_apart(tx: optax.GradientTransformation, params: Any, remedy: st
         if grown == in_state:
             break
         in_state = grown
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = leaf_names(params)
     for i, leaves in enumerate(updates):
         for other in sorted(leaves - {i}):
             names = (_name(eqn) for found, eqn in mixing if found <= leaves)

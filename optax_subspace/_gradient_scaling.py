@@ -15,7 +15,8 @@ from optax_subspace._projected import is_projected
 from optax_subspace._projection import from_matrices, largest, lift, to_matrices
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector, random_projection, svd
-from optax_subspace._subspace import inner_low_update, low_rank_tree
+from optax_subspace._projectors._base import transformation
+from optax_subspace._subspace import init_inner, inner_low_update
 
 PER = ("channel", "tensor")
 
@@ -119,7 +120,7 @@ def scale_by_subspace_norms(
         )
     if projector is None:
         projector = svd() if residual else random_projection(orthonormal=False)
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("inner", inner)
     subspace = Subspace(
         rank, projector, side, scale, rules, projector_dtype, stagger, moments, 1, seed, inner
     )
@@ -135,7 +136,7 @@ def scale_by_subspace_norms(
         norms: Any = {p.path: jnp.zeros(p.batch_shape, jnp.float32) for p in plans if p.projected}
         if not plans:  # see `Subspace.init`
             norms = jnp.zeros([], jnp.float32)
-        return GradientScalingState(projection, inner.init(low_rank_tree(params, plans)), norms)
+        return GradientScalingState(projection, init_inner(inner, params, plans), norms)
 
     def update_fn(updates, state, params=None, **extra_args):
         structure: Any

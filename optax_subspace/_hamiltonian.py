@@ -11,7 +11,7 @@ import optax
 
 from optax_subspace._describe import record
 from optax_subspace._kinetic import Kinetic, slope_of
-from optax_subspace._leaves import path_name
+from optax_subspace._leaves import leaf_names
 from optax_subspace._projection import compute_dtype
 
 
@@ -99,10 +99,10 @@ def scale_by_hamiltonian_descent(
 
     def init_fn(params):
         record([kinetic])
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 raise TypeError(
-                    f"parameter {path_name(path)} has dtype {jnp.result_type(leaf)}: a kinetic "
+                    f"parameter {name} has dtype {jnp.result_type(leaf)}: a kinetic "
                     "energy is one of real floating-point numbers; mask it (optax.masked)"
                 )
 

@@ -54,10 +54,11 @@ def map_leaves(
 
     def fits(node):
         try:
-            structure.flatten_up_to(node)
+            parts = structure.flatten_up_to(node)
         except (ValueError, TypeError):
             return False
-        return True
+        # (A tuple of parameters is shaped like the state of a chain of as many.)
+        return type(node) is not tuple or not any(getattr(part, "_fields", ()) for part in parts)
 
     def like_params(node):
         # The innermost node that fits: the state of a chain of two is a tuple of two, as

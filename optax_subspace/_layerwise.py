@@ -13,7 +13,7 @@ import optax
 from optax_subspace._blocks import dequantize
 from optax_subspace._dependence import check_leaves_apart
 from optax_subspace._projection import compute_dtype
-from optax_subspace._projectors._base import LAYER_AXIS
+from optax_subspace._projectors._base import LAYER_AXIS, transformation
 from optax_subspace._rounding import apply_updates
 from optax_subspace._source import AtSource
 from optax_subspace._stack import (
@@ -161,7 +161,7 @@ def fused_backward(
       >>> params["layers"]["w"].shape, float(metrics.loss).__round__(3)
       ((3, 4, 4), 3.997)
     """
-    tx = optax.with_extra_args_support(tx)
+    tx = transformation("fused_backward: tx", tx)
     blocks = Stack(block, remat)
     if at_source and not remat:
         raise ValueError(

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_subspace._blocks import is_variable
 from optax_subspace._projectors import Projector
-from optax_subspace._projectors._base import check_count
+from optax_subspace._projectors._base import check_count, check_projector
 
 SIDES = ("shorter", "longer", "left", "right", "both", "auto")
 
@@ -76,10 +77,8 @@ class MatrixSpec:
     batch_split: Sequence[int] | int = 1
 
     def __post_init__(self):
-        if self.projector is not None and not isinstance(self.projector, Projector):
-            raise TypeError(
-                f"MatrixSpec: projector must be a Projector such as svd(), got {self.projector!r}"
-            )
+        if self.projector is not None:
+            check_projector("MatrixSpec: projector", self.projector)
         for field in ("reduction_axis", "output_axis"):
             axes = getattr(self, field)
             if not isinstance(axes, int | np.integer | Sequence) or isinstance(axes, str):
@@ -175,19 +174,25 @@ def check_side(side: Any) -> None:
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """Joins the keys of a tree path by ``/``; NNX's trailing ``.value`` is left out.
-
-    A tree that is one bare array has the path ``(root)``.
+    """Joins the keys of a tree path by ``/``; a tree that is one bare array has ``(root)``.
 
     Example:
       >>> import jax
       >>> path_name(jax.tree_util.tree_flatten_with_path({"a": [1.0]})[0][0][0])
       'a/0'
     """
-    keys = [_key_name(k) for k in path]
-    if len(keys) > 1 and keys[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
-        keys = keys[:-1]
-    return "/".join(keys) or "(root)"
+    return "/".join(map(_key_name, path)) or "(root)"
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """The names of a tree's leaves, in order; one in a variable of NNX has that of the variable.
+
+    Example:
+      >>> leaf_names({"a": [1.0, 2.0], "b": 3.0})
+      ['a/0', 'a/1', 'b']
+    """
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
+    return [path_name(path) for path, node in nodes for _ in jax.tree.leaves(node)]
 
 
 def _key_name(key: Any) -> str:
@@ -224,10 +229,10 @@ def plan_leaf(path, leaf, rules, rank, side) -> LeafPlan:
     """The plan of one leaf; under ``auto`` its ``sides`` are ``("auto",)``, yet to be decided."""
     shape = tuple(jnp.shape(leaf))
     dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
         raise TypeError(
-            f"parameter {path} has dtype {dtype}: only real floating-point leaves can be "
-            "optimized. Leave it out with optax.masked or optax.multi_transform."
+            f"parameter {path} has dtype {dtype}: only real floating-point leaves of at least 16 "
+            "bits can be optimized. Leave it out with optax.masked or optax.multi_transform."
         )
     leave = lambda reason, **kw: LeafPlan(path, shape, dtype, reason, **kw)
     for pattern, spec in rules:

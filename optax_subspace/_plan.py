@@ -16,7 +16,7 @@ from optax_subspace._leaves import (
     Rules,
     check_side,
     compile_rules,
-    path_name,
+    leaf_names,
     plan_leaf,
 )
 from optax_subspace._projection import compute_dtype
@@ -52,7 +52,8 @@ def plan(
         (``optax.contrib.galore``: left for ``m >= n``), ``left`` gives ``P^T G``, ``right``
         ``G Q``, ``both`` ``P^T G Q``, and ``auto`` is that of ``left``, ``right`` and ``both``
         whose state has the fewest bytes. That is often ``both``, which keeps less of the
-        gradient than one side alone: ``longer`` has the fewest bytes of one side.
+        gradient than one side alone. Of these ``longer`` has the fewer bytes with Adam's two
+        moments in the dtype of the bases.
       projector, inner, projector_dtype: what ``auto`` counts the bytes of: the rule's own state,
         that of the transformation in the subspace (``optax.scale_by_adam()`` by default), and the
         bases in this dtype or code (the arithmetic's dtype by default).
@@ -74,8 +75,9 @@ def plan(
     check_count("rank", rank)
     check_side(side)
     compiled = compile_rules(rules)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    plans = [plan_leaf(path_name(path), leaf, compiled, rank, side) for path, leaf in leaves]
+    leaves, structure = jax.tree.flatten(params)
+    named = zip(leaf_names(params), leaves, strict=True)
+    plans = [plan_leaf(name, leaf, compiled, rank, side) for name, leaf in named]
     if any(p.sides == ("auto",) for p in plans):
         inner = optax.scale_by_adam() if inner is None else inner
         plans = _with_fewest_bytes(plans, structure, projector, inner, projector_dtype, accumulate)

@@ -22,10 +22,10 @@ from optax_subspace._blocks import (
 )
 from optax_subspace._codes import code_of
 from optax_subspace._inner_state import holds_squares, holds_weights
-from optax_subspace._leaves import compile_pattern, path_name
+from optax_subspace._leaves import compile_pattern, leaf_names, path_name
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import ProjectionState
-from optax_subspace._projectors._base import check_count, key_of
+from optax_subspace._projectors._base import check_count, key_of, transformation
 
 
 class QuantizedState(NamedTuple):
@@ -99,7 +99,7 @@ def quantize_state(
       Dettmers et al., `8-bit Optimizers via Block-wise Quantization
       <https://arxiv.org/abs/2110.02861>`_, 2021, sections 2.1 and 2.2.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("quantize_state: inner", inner)
     default = Layout(code, True, block, shards)
     compiled = [(compile_pattern(pattern), rule) for pattern, rule in rules or ()]
     for _, rule in compiled:
@@ -159,7 +159,7 @@ def _check_rules(
     has_params: bool,
 ) -> None:
     """Tells of patterns that match nothing, or nothing that a code could be given to."""
-    paths = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
+    paths = leaf_names(state)
     for pattern, code in rules:
         if matched.get(pattern.pattern):
             continue

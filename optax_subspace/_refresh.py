@@ -147,8 +147,8 @@ def refresh(
 
         # The branch keeps XLA from computing, ahead of the loop and so on every step, whatever the
         # rule needs of a gradient that is the only slice of its leaf.
-        after = jax.lax.cond(due, lambda: checked(rule.update, scaled(), *old), lambda: old)
-        return after, True, 1.0
+        new = lambda: checked(rule.update, scaled(), *old, name=plan.path)
+        return jax.lax.cond(due, new, lambda: old), True, 1.0
 
     return in_slices(plan, due, update, (due, matrices), (basis, state), rotate)
 
@@ -184,7 +184,7 @@ def follow(
             basis = dequantize(old[0]).astype(matrix.dtype)
             squared = squared_norm(low, matrix @ (seen_by / scale), basis, seen_by)
         product = matrix @ low.T / jnp.where(squared > 0, squared, 1) / scale
-        new = checked(step, product, *old)
+        new = checked(step, product, *old, name=plan.path)
         moved = squared > 0
         energy = jnp.sum(low**2) / jnp.where(moved, squared, 1)
         return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
@@ -209,7 +209,7 @@ def follow_product(
 
     def move(arrays, old):
         energy, product = arrays
-        new, moved = checked(step, product, *old), energy >= 0
+        new, moved = checked(step, product, *old, name=plan.path), energy >= 0
         return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
 
     return in_slices(plan, moves, move, (energy, product), (basis, state), rotate)
@@ -296,12 +296,25 @@ def compare(new: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
     return rotation, jnp.minimum(overlap, 1).astype(jnp.float32)
 
 
-def checked(rule: Any, array: jax.Array, basis: Any, state: Any) -> tuple[Any, Any]:
-    """Applies a rule's function in the arithmetic's dtype and stores in the state's."""
+def checked(
+    rule: Any, array: jax.Array, basis: Any, state: Any, *, name: str = "a matrix"
+) -> tuple[Any, Any]:
+    """Applies a rule's function in the arithmetic's dtype and stores in the state's.
+
+    Raises:
+      ValueError: what it returns for the parameter ``name`` has other shapes than before.
+    """
     new_basis, new_state = rule(array, dequantize(basis).astype(array.dtype), state)
     if new_basis.shape != basis.shape:
         raise ValueError(
-            f"the projector returned a basis of shape {new_basis.shape}, expected {basis.shape}"
+            f"the projector returned a basis of shape {new_basis.shape} for {name}, expected "
+            f"{basis.shape}"
+        )
+    kind = lambda tree: (jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)])
+    if kind(new_state) != kind(state):
+        raise ValueError(
+            f"the projector returned a state of {kind(new_state)} for {name}, where its init gave "
+            f"{kind(state)}"
         )
     as_before = lambda new, old: jnp.asarray(new, old.dtype)
     new_state = jax.tree.map(as_before, new_state, state)

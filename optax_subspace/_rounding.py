@@ -16,7 +16,7 @@ from optax_subspace._blocks import (
     quantize,
     quantize_like,
 )
-from optax_subspace._leaves import Rules, path_name
+from optax_subspace._leaves import Rules, leaf_names, path_name
 from optax_subspace._plan import plan
 
 
@@ -69,25 +69,24 @@ def quantize_weights(
       TypeError: a matrix holds integers or complex numbers.
     """
     layout = Layout("linear", True, block, shards)
-    with_paths, structure = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [leaf for _, leaf in with_paths]
+    leaves, structure = jax.tree.flatten(params)
     if rules is None:
         matrices = [jnp.ndim(x) > 1 for x in leaves]
     else:
         matrices = [p.projected for p in plan(params, rules, rank=1)]
 
-    def store(path, x):
+    def store(name, x):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
-                f"quantize_weights: parameter {path_name(path)} has dtype {x.dtype}: only real "
+                f"quantize_weights: parameter {name} has dtype {x.dtype}: only real "
                 "floating-point matrices can be kept in int8; leave it out with a rule "
                 "(pattern, None)"
             )
         return _weight(quantize(x, layout))
 
     stored = [
-        store(path, x) if is_matrix and x.size >= min_size else x
-        for (path, x), is_matrix in zip(with_paths, matrices, strict=True)
+        store(name, x) if is_matrix and x.size >= min_size else x
+        for name, x, is_matrix in zip(leaf_names(params), leaves, matrices, strict=True)
     ]
     return jax.tree.unflatten(structure, stored)
 

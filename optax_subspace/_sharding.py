@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax_subspace._blocks import Quantized, is_quantized, parts_of
 from optax_subspace._describe import planned
 from optax_subspace._inner_state import map_leaves
-from optax_subspace._leaves import LeafPlan, path_name
+from optax_subspace._leaves import LeafPlan, leaf_names
 from optax_subspace._projection_state import LeafBasis, ProjectionState, plan_of
 
 _Axes = tuple[str, ...] | None  # mesh axes that one axis of an array is split over
@@ -27,9 +27,10 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     Bases are split along the projected axis as the weight is, moments along the other one, batch
     axes as the weight's, and the rank axis never. So each device projects and lifts its own part;
     a step moves at most a low-rank gradient between devices, and no full weight or gradient. (One
-    exception: ``svd`` of a gradient that is split along its shorter side gathers that one matrix
-    at its refresh, which ``subspace_iteration`` does not; nor do rules that follow, such as
-    ``history_pca(first=subspace_iteration())``, whose first basis is that of ``svd`` else.) A leaf
+    exception: ``svd`` of a gradient that is split along its shorter side, and
+    ``svd(method="lapack")`` of any that is split, gather that one matrix at its refresh. ``svd`` is
+    the default of ``galore``, and finds the first basis of rules that follow:
+    ``subspace_iteration()`` and ``history_pca(first=subspace_iteration())`` gather nothing.) A leaf
     that is split along a batch axis needs ``batch_split`` in its rule, or it is gathered at each
     step, of which a warning tells. What belongs to no parameter, such as a counter, is on every
     device.
@@ -63,17 +64,18 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
             "some parameters are QuantizedWeight nodes, the state belongs to their arrays: give "
             "the tree as it was before quantize_weights, or shapes of it with its shardings"
         )
-    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    flat, structure = jax.tree.flatten(params)
+    names = leaf_names(params)
     specs, mesh = {}, None
-    for path, leaf in flat:
+    for name, leaf in zip(names, flat, strict=True):
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding):
             raise ValueError(
-                f"parameter {path_name(path)} has the sharding {sharding}: place the parameters "
+                f"parameter {name} has the sharding {sharding}: place the parameters "
                 "with jax.sharding.NamedSharding first"
             )
         mesh = sharding.mesh
-        specs[path_name(path)] = _axes_of(sharding.spec, len(leaf.shape))
+        specs[name] = _axes_of(sharding.spec, len(leaf.shape))
     if mesh is None:
         return jax.tree.map(lambda _: None, jax.eval_shape(tx.init, params))
     if any(kind == AxisType.Explicit for kind in mesh.axis_types):
@@ -105,8 +107,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
                     UserWarning,
                     stacklevel=2,
                 )
-    names = [path_name(path) for path, _ in flat]
-    full_shapes = {path_name(path): leaf.shape for path, leaf in flat}
+    full_shapes = {name: leaf.shape for name, leaf in zip(names, flat, strict=True)}
 
     def named(axes: tuple[_Axes, ...] = ()) -> NamedSharding:
         while axes and axes[-1] is None:

@@ -14,7 +14,7 @@ import optax
 from optax_subspace._bases import Initialised, Subspace
 from optax_subspace._blocks import without_variables
 from optax_subspace._describe import recorded
-from optax_subspace._leaves import LeafPlan, path_name
+from optax_subspace._leaves import LeafPlan, leaf_names
 from optax_subspace._projected import Projected, SourceBasis
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import LeafBasis, ProjectionState, check_state
@@ -104,9 +104,9 @@ class AtSource:
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: Any, state: Any, refresh: bool):
-        leaves, self._structure = jax.tree_util.tree_flatten_with_path(params)
-        self._names = [path_name(path) for path, _ in leaves]
-        by_name = dict(zip(self._names, (leaf for _, leaf in leaves), strict=True))
+        leaves, self._structure = jax.tree.flatten(params)
+        self._names = leaf_names(params)
+        by_name = dict(zip(self._names, leaves, strict=True))
         found = _projections(tx, params, state)
         self._kernels = {n: _kernel(jnp.asarray(by_name[n]), *found[n], refresh) for n in found}
         self.probes = {name: kernel.probe for name, kernel in self._kernels.items()}

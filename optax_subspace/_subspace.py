@@ -11,12 +11,13 @@ import optax
 
 from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
-from optax_subspace._inner_state import keep_skipped, turn_moments
-from optax_subspace._leaves import LeafPlan, Rules
+from optax_subspace._inner_state import holds_weights, keep_skipped, turn_moments
+from optax_subspace._leaves import LeafPlan, Rules, path_name
 from optax_subspace._projected import is_projected
 from optax_subspace._projection import compute_dtype, from_matrices, lift, project, to_matrices
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector
+from optax_subspace._projectors._base import transformation
 
 
 class SubspaceState(NamedTuple):
@@ -27,13 +28,25 @@ class SubspaceState(NamedTuple):
     inner: optax.OptState
 
 
-def low_rank_tree(tree: Any, plans: Sequence[LeafPlan]) -> Any:
-    """The tree that the inner transformation is initialised on: only shapes are read."""
-    leaves, treedef = jax.tree.flatten(tree)
-    low = [
-        jnp.zeros(p.low_shape, compute_dtype(p.dtype)) for p, _ in zip(plans, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, low)
+def init_inner(inner: optax.GradientTransformation, params: Any, plans: Sequence[LeafPlan]) -> Any:
+    """The inner state, in subspace shape for projected leaves.
+
+    Raises:
+      TypeError: it keeps copies of projected weights, which have no coordinates before there is a
+        basis, and others in each basis.
+    """
+    # (Only shapes are read: there is no basis yet.)
+    low = [jnp.zeros(plan.low_shape, compute_dtype(plan.dtype)) for plan in plans]
+    state = inner.init(jax.tree.unflatten(jax.tree.structure(params), low))
+    if any(plan.projected for plan in plans):
+        for path, _ in jax.tree_util.tree_leaves_with_path(state):
+            if holds_weights(path, state):
+                raise TypeError(
+                    f"the inner transformation keeps a copy of the weights in {path_name(path)}, "
+                    "whose coordinates change with the basis: put it around the projected one, as "
+                    "in optax.contrib.schedule_free(galore(...)), or mask it"
+                )
+    return state
 
 
 def inner_update(
@@ -80,9 +93,9 @@ def inner_low_update(
     updates, new_state = inner.update(gradients, state, low_params, **extra_args)
     ready = handed[0].ready if handed else None
     lows = structure.flatten_up_to(updates)
-    # What overflows inside is skipped like a gradient that isn't finite. That the kept state thus
-    # depends on the update also has XLA finish the update first and change the moments in place,
-    # where it would copy all of them to leave the order open.
+    # An update that overflows inside is left out, with its part of the state. That the kept state
+    # thus depends on the update also has XLA finish the update first and change the moments in
+    # place, where it would copy all of them to leave the order open.
     used = [x.used & jnp.all(jnp.isfinite(u)) for x, u in zip(handed, lows, strict=True)]
     new_state = keep_skipped(new_state, state, structure, used, ready)
     new_state = turn_moments(new_state, structure, plans, [x.after for x in handed])
@@ -188,7 +201,7 @@ def scale_by_subspace(
       Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, algorithm 2.
       Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024.
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = transformation("inner", inner)
     subspace = Subspace(
         rank,
         projector,
@@ -205,7 +218,7 @@ def scale_by_subspace(
 
     def init_fn(params):
         projection, plans = subspace.init(params)
-        return SubspaceState(projection, inner.init(low_rank_tree(params, plans)))
+        return SubspaceState(projection, init_inner(inner, params, plans))
 
     def update_fn(updates, state, params=None, *, source=None, **extra_args):
         handed, projection = subspace.project(updates, state.projection, source)

@@ -229,6 +229,9 @@ def test_inject_hyperparams_needs_a_static_rank():
     tx = optax.inject_hyperparams(osub.galore, static_args=static)(learning_rate=1e-2, rank=2)
     params, _ = run(tx, {"w": jnp.ones((8, 6))}, steps=2)
     assert not np.allclose(params["w"], 1)
+    # A seed becomes an array.
+    seeded = optax.inject_hyperparams(osub.galore, static_args=static)(1e-2, rank=2, seed=3)
+    chex.assert_trees_all_equal(run(seeded, {"w": jnp.ones((8, 6))}, steps=2)[0], params)
 
 
 def test_orbax_round_trip(tmp_path):

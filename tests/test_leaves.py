@@ -1,6 +1,7 @@
 """Plans: which leaf is projected, on which axes and side, and what is said about the others."""
 
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,9 @@ def test_paths_of_nnx_states_and_lists():
     assert [p.path for p in osub.plan(jnp.ones((8, 8)), rank=2)] == ["(root)"]
 
 
-@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32, jnp.uint8, jnp.bool_])
+@pytest.mark.parametrize(
+    "dtype", [jnp.complex64, jnp.int32, jnp.uint8, jnp.bool_, jnp.float8_e4m3fn]
+)
 def test_leaves_that_are_not_real_are_refused_with_their_path(dtype):
     tree = {"block": {"kernel": jax.ShapeDtypeStruct((8, 8), dtype)}}
     with pytest.raises(TypeError, match=r"block/kernel has dtype .*optax\.masked"):
@@ -207,6 +210,27 @@ def test_empty_stacks_numbers_and_schedules_of_a_rule():
     params = {"w": jnp.ones((8, 6)), "number": 1.0}
     updates, _ = tx.update(params, tx.init(params), params)
     assert float(updates["number"]) < 0
+
+
+class Attention(NamedTuple):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+def test_a_field_named_value_is_no_variable_of_nnx():
+    kernel = jnp.ones((20, 4, 12))
+    params = {"attn": Attention(kernel, kernel, kernel), "w": jnp.ones((20, 12))}
+    rules = [("attn/(query|key|value)$", MatrixSpec(0, (1, 2)))]
+    found = {p.path: p.projected for p in osub.plan(params, rules, rank=2)}
+    assert found == dict.fromkeys(("attn/query", "attn/key", "attn/value", "w"), True)
+    tx = osub.galore(0.1, 2, rules=rules, weight_decay=0.1)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert set(osub.subspace_metrics(tx, state, params)) == set(found)
+    assert jnp.all(updates["attn"].value != 0)
+    model = nnx.Linear(20, 12, rngs=nnx.Rngs(0))
+    assert [p.path for p in osub.plan(nnx.state(model), rank=2)] == ["bias", "kernel"]
+    assert [p.path for p in osub.plan(model, rank=2)] == ["bias", "kernel"]
 
 
 def test_auto_counts_the_buffer_of_micro_batches():

@@ -300,8 +300,8 @@ def dict_rms():
 
 @pytest.mark.parametrize(
     "inner",
-    [optax.scale_by_adan(), optax.scale_by_adadelta(), optax.contrib.prodigy(), dict_rms()],
-    ids=["adan", "adadelta", "prodigy", "dict"],
+    [optax.scale_by_adan(), optax.scale_by_adadelta(), optax.scale_by_amsgrad(), dict_rms()],
+    ids=["adan", "adadelta", "amsgrad", "dict"],
 )
 def test_squares_of_any_name_stay_squares_when_moments_are_turned(inner):
     """Turned like first moments some would be negative, and their roots no numbers."""
@@ -314,6 +314,25 @@ def test_squares_of_any_name_stay_squares_when_moments_are_turned(inner):
         assert jnp.any(updates["w"] != 0)
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in floats)
+
+
+def test_a_rule_that_returns_other_shapes_is_told_with_the_parameter():
+    narrow = osub.Projector(
+        init=lambda key, m, n, rank: (), update=lambda g, p, s: (p[:, :1], s), every=2
+    )
+    grows = osub.Projector(
+        init=lambda *_: jnp.zeros(1), update=lambda g, p, s: (p, jnp.zeros(2)), every=2
+    )
+    params = {"layer": {"w": jnp.ones((12, 20))}}
+    for rule, told in (
+        (narrow, r"a basis of shape \(12, 1\) for layer/w, expected \(12, 4\)"),
+        (grows, r"a state of .*\(2,\).* for layer/w, where its init gave .*\(1,\)"),
+    ):
+        tx = osub.scale_by_subspace(optax.identity(), rank=4, projector=rule)
+        with pytest.raises(ValueError, match=told):
+            tx.update(params, tx.init(params))
+    with pytest.raises(ValueError, match="parameter layer/w: fixed: a leaf asks for a basis"):
+        osub.galore(0.1, 4, projector=osub.fixed(jnp.eye(9)[:, :4])).init(params)
 
 
 def test_a_leaf_whose_first_micro_batches_are_zero_begins_with_the_next():

@@ -108,6 +108,47 @@ def test_a_gradient_that_is_not_finite_changes_nothing_of_its_leaf():
     )
 
 
+def test_a_counter_of_a_chain_as_long_as_the_parameters_belongs_to_no_leaf():
+    """So that what one leaf skips, the other does not."""
+    w, b = jnp.ones((12, 8)), jnp.ones(8)
+    tx = osub.scale_by_subspace(optax.sgd(lambda t: 0.1 * (1 + t)), rank=2)
+    results = []
+    for tree in (lambda w, b: (w, b), lambda w, b: {"w": w, "x": b}):
+        state = tx.init(tree(w, b))
+        for bad in (b, b * jnp.nan, b):
+            updates, state = tx.update(tree(w, bad), state, tree(w, b))
+        results.append(jax.tree.leaves(updates))
+    chex.assert_trees_all_close(*results, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["schedule_free", "prodigy"])
+def test_copies_of_weights_have_no_place_in_a_subspace(name):
+    inner = {
+        "schedule_free": optax.contrib.schedule_free(optax.sgd(0.1), 0.1),
+        "prodigy": optax.contrib.prodigy(),
+    }[name]
+    params = {"w": jnp.ones((12, 8))}
+    told = "a copy of the weights in .*(z|params0)/w.*put it around"
+    for tx in (osub.galore(0.1, 2, inner=inner), osub.scale_by_subspace(inner, rank=2)):
+        with pytest.raises(TypeError, match=told):
+            tx.init(params)
+    with pytest.raises(TypeError, match=told):
+        optax.chain(osub.subspace_project(2), osub.in_subspace(inner)).init(params)
+    osub.scale_by_subspace(inner, rank=8).init(params)  # nothing is projected
+    around = optax.contrib.schedule_free(osub.galore(0.1, 2), 0.1)
+    updates, _ = around.update(params, around.init(params), params)
+    assert jnp.all(jnp.isfinite(updates["w"]))
+
+
+def test_the_buffer_of_micro_batches_keeps_its_dtype():
+    with jax.enable_x64(True):
+        tx = osub.scale_by_subspace(optax.scale_by_adam(), rank=2, accumulate=2)
+        params = {"w": jnp.ones((12, 8), jnp.float32)}
+        state = tx.init(params)
+        _, after = tx.update({"w": jnp.ones((12, 8), jnp.float64)}, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
 def test_first_gradients_of_nan_and_of_zero():
     params = {"nan": trees.params()["tall"], "zero": trees.params()["wide"]}
     tx = pure(rules=None)
@@ -327,6 +368,17 @@ def test_errors_of_the_factory_and_of_foreign_states():
         osub.subspace_project(rank=True)
     with pytest.raises(ValueError, match=r"side must be one of .* got 'short'"):
         osub.scale_by_subspace(adam, side="short")
+    for make in (
+        lambda: osub.galore(0.1, inner=optax.adam),
+        lambda: osub.in_subspace("adam"),
+        lambda: osub.quantize_state(optax.scale_by_adam),
+        lambda: osub.online_pca("adam"),
+    ):
+        with pytest.raises(TypeError, match="must be an optax transformation such as .*, got"):
+            make()
+    for rule in (osub.online_pca, osub.history_pca, osub.oja):
+        with pytest.raises(TypeError, match="first must be a Projector such as svd.*got 'svd'"):
+            rule(first="svd")
     with pytest.raises(TypeError, match="projector must be a Projector"):
         osub.scale_by_subspace(adam, projector="svd")
     with pytest.raises(ValueError, match="every or projector"):
@@ -344,7 +396,7 @@ def test_errors_of_the_factory_and_of_foreign_states():
 
     wrong = osub.Projector(lambda *a: (), lambda g, b, s: (b[:, :2], s))
     tx = pure(rules=None, projector=wrong)
-    with pytest.raises(ValueError, match=r"basis of shape \(12, 2\), expected \(12, 4\)"):
+    with pytest.raises(ValueError, match=r"basis of shape \(12, 2\) for w, expected \(12, 4\)"):
         tx.update(params, tx.init(params))
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 RELATIVE_TO = ("gradient", "estimate")
 _SKETCHED = 8  # random directions
@@ -84,6 +85,21 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_projector(name: str, rule: Any) -> None:
+    """Raises unless ``rule`` is a :class:`Projector`."""
+    if not isinstance(rule, Projector):
+        raise TypeError(f"{name} must be a Projector such as svd(every=200), got {rule!r}")
+
+
+def transformation(name: str, given: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation that takes extra arguments; raises TypeError for what is none."""
+    if not (hasattr(given, "init") and hasattr(given, "update")):
+        raise TypeError(
+            f"{name} must be an optax transformation such as optax.scale_by_adam(), got {given!r}"
+        )
+    return optax.with_extra_args_support(given)
 
 
 def check_relative_to(rule: str, value: str) -> str:

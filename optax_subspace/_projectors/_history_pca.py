@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from optax_subspace._projectors._base import (
     Projector,
     basis_of,
+    check_projector,
     check_relative_to,
     directions,
     squared_norm,
@@ -54,6 +55,7 @@ def history_pca(
         raise ValueError(f"history_pca: decay must lie in [0, 1), got {decay}")
 
     begin = svd() if first is None else first
+    check_projector("history_pca: first", begin)
 
     def update(gradient, basis, state):
         basis = basis_of(begin, gradient, basis)

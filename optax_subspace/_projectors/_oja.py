@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from optax_subspace._projectors._base import Projector, basis_of, check_relative_to
+from optax_subspace._projectors._base import (
+    Projector,
+    basis_of,
+    check_projector,
+    check_relative_to,
+)
 from optax_subspace._projectors._history_pca import positive_qr
 from optax_subspace._projectors._svd import svd
 
@@ -45,6 +50,7 @@ def oja(
         return positive_qr(basis + step * product)[0], state
 
     begin = svd() if first is None else first
+    check_projector("oja: first", begin)
     return Projector(
         init=lambda key, m, n, rank: (),
         update=lambda gradient, basis, state: (basis_of(begin, gradient, basis), state),

@@ -5,7 +5,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._projectors._base import Projector, basis_of, check_relative_to
+from optax_subspace._projectors._base import (
+    Projector,
+    basis_of,
+    check_projector,
+    check_relative_to,
+    transformation,
+)
 from optax_subspace._projectors._svd import svd
 
 
@@ -68,8 +74,10 @@ def online_pca(
     if orthogonality is not None and orthogonality < 0:
         raise ValueError(f"online_pca: orthogonality must not be negative, got {orthogonality}")
     optimizer = optax.adam(0.06, eps=1e-7) if optimizer is None else optimizer
+    transformation("online_pca: optimizer", optimizer)
 
     begin = svd() if first is None else first
+    check_projector("online_pca: first", begin)
 
     def follow(product, basis, state):
         gram = basis.T @ basis
