@@ -32,7 +32,8 @@ class QuantizedWeight(Quantized):
       Zhang et al., `Q-GaLore <https://arxiv.org/abs/2407.08296>`_, 2024, section 3.4.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_subspace import dequantize
       >>> params = quantize_weights({"w": jnp.linspace(-1, 1, 4096).reshape(64, 64)})
       >>> params["w"].codes.dtype.name, params["w"].shape
       ('int8', (64, 64))
