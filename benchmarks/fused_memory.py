@@ -63,17 +63,6 @@ def parts_of(config: LlamaConfig) -> tuple[Any, Any, Any]:
     )
 
 
-def forward(config: LlamaConfig) -> Callable[[Any, jax.Array], jax.Array]:
-    """The loss of parameters, int8 ones too, and windows (B, S + 1)."""
-    definition = llama.graphdef(config)
-
-    def loss(params, windows):
-        model = llama.merge(definition, osub.dequantize(params))
-        return model.loss(windows[:, :-1], windows[:, 1:])[0]
-
-    return loss
-
-
 def evaluation(config: LlamaConfig) -> Callable[[Any, jax.Array], Any]:
     """The trainer's evaluation of windows (B, S + 1): int8 kernels become arrays one by one."""
     step = make_eval_step(config)
@@ -81,7 +70,10 @@ def evaluation(config: LlamaConfig) -> Callable[[Any, jax.Array], Any]:
 
 
 def plain_step(config: LlamaConfig, tx: Any) -> Callable[..., Any]:
-    loss = forward(config)
+    definition = llama.graphdef(config)
+
+    def loss(weights, windows):
+        return llama.merge(definition, weights).loss(windows[:, :-1], windows[:, 1:])[0]
 
     def step(params, state, windows):
         weights = osub.dequantize(params)

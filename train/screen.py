@@ -21,7 +21,7 @@ _PLAIN_WIDTH = 160
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Leaves the error to the caller; rich would end the program, and save nothing."""
-        raise  # noqa: PLE0704  (called where the error is handled)
+        raise  # (called where the error is handled)
 
 
 class Screen:
