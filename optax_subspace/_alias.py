@@ -230,7 +230,9 @@ def finished(
     """``subspace``, whose state has a ``projection``, then decay in full space and learning rate.
 
     The latter two see no micro-batch but the last of each step, and a leaf that was skipped for a
-    gradient that is not finite does not decay either.
+    gradient that is not finite does not decay either. Without decay the learning rate is handed to
+    ``subspace``, which multiplies arrays of subspace shape where the chain would those of full
+    shape; the state is the chain's.
     """
     decay = decay_of(weight_decay, mask)
     after: Any = optax.chain(decay, optax.scale_by_learning_rate(learning_rate))
@@ -238,8 +240,16 @@ def finished(
         is_last = lambda step, **_: step % accumulate == accumulate - 1
         after = optax.transforms.conditionally_mask(after, is_last)
     tx = optax.chain(subspace, after)
+
+    def scaled_inside(updates, state, params=None, **extra_args):
+        step_size, rest = after.update(jnp.ones([]), state[1])
+        updates, first = subspace.update(
+            updates, state[0], params, step_size=step_size, **extra_args
+        )
+        return updates, (first, rest)
+
     if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return tx
+        return optax.GradientTransformationExtraArgs(tx.init, scaled_inside)
 
     def update_fn(updates, state, params=None, **extra_args):
         updates, new = tx.update(updates, state, params, **extra_args)

@@ -138,7 +138,7 @@ def scale_by_subspace_norms(
             norms = jnp.zeros([], jnp.float32)
         return GradientScalingState(projection, init_inner(inner, params, plans), norms)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, step_size=1.0, **extra_args):
         structure: Any
         leaves, structure = jax.tree.flatten(updates, is_leaf=is_projected)
         if any(map(is_projected, leaves)):
@@ -154,7 +154,7 @@ def scale_by_subspace_norms(
         for gradient, leaf, low, ok in zip(leaves, handed, lows, used, strict=True):
             path, gradient = leaf.plan.path, jnp.asarray(gradient)
             if not leaf.plan.projected:
-                found.append(jnp.where(ok, low, 0).astype(leaf.dtype_out))
+                found.append((jnp.where(ok, low, 0) * step_size).astype(leaf.dtype_out))
                 continue
             # (The gradient itself is not finite where it is skipped.)
             matrices = jnp.where(ok, to_matrices(gradient.astype(low.dtype), leaf.plan), 0)
@@ -162,7 +162,7 @@ def scale_by_subspace_norms(
                 matrices, jnp.where(ok, low, 0), leaf, per, residual, growth, norms[path]
             )
             norms[path] = jnp.where(ok, norm.astype(jnp.float32), norms[path])
-            found.append(from_matrices(update, leaf.plan).astype(leaf.dtype_out))
+            found.append(from_matrices(update * step_size, leaf.plan).astype(leaf.dtype_out))
         return structure.unflatten(found), GradientScalingState(projection, inner_state, norms)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

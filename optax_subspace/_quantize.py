@@ -21,11 +21,14 @@ from optax_subspace._blocks import (
     quantize_like,
 )
 from optax_subspace._codes import code_of
+from optax_subspace._handover import LowRankUpdate
 from optax_subspace._inner_state import holds_squares, holds_weights
 from optax_subspace._leaves import compile_pattern, leaf_names, path_name
+from optax_subspace._projected import is_projected
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors._base import check_count, key_of, transformation
+from optax_subspace._slices import count_slices, in_slices
 
 
 class QuantizedState(NamedTuple):
@@ -54,7 +57,8 @@ def quantize_state(
     """Stores the arrays of ``inner``'s state in 8 or 4 bits between its updates.
 
     At each update the arrays are decoded to float32, ``inner`` is updated, and they are encoded
-    again. Real floating-point arrays of ``min_size`` values or more are stored so. Counters, random
+    again; where ``inner`` treats each entry for itself, as Adam and Lion do, large leaves slice by
+    slice of their first axis. Real floating-point arrays of ``min_size`` values or more are stored so. Counters, random
     keys, copies of the weights (``z`` of schedule-free, ``params0`` of Prodigy) and the whole state
     of a projection stay as they are: its bases have a ``projector_dtype`` of their own.
 
@@ -128,20 +132,30 @@ def quantize_state(
         return QuantizedState(stored, key)
 
     def update_fn(updates, state, params=None, **extra_args):
-        decode = lambda x: dequantize(x) if is_quantized(x) else x
-        decoded = jax.tree.map(decode, state.inner, is_leaf=_is_own)
-        updates, new = inner.update(updates, decoded, params, **extra_args)
-        key = state.key
-        keys = iter(())
-        if key is not None:
-            count = sum(map(is_quantized, jax.tree.leaves(state.inner, is_leaf=_is_own)))
-            key, *rest = jax.random.split(key, 1 + count)
-            keys = iter(rest)
+        def step(updates, stored, params, key):
+            decode = lambda x: dequantize(x) if is_quantized(x) else x
+            decoded = jax.tree.map(decode, stored, is_leaf=_is_own)
+            updates, new = inner.update(updates, decoded, params, **extra_args)
+            keys = iter(())
+            if key is not None:
+                count = sum(map(is_quantized, jax.tree.leaves(stored, is_leaf=_is_own)))
+                keys = iter(jax.random.split(key, max(count, 1)))
 
-        def store(old, x):
-            return quantize_like(x, old, next(keys, None)) if is_quantized(old) else x
+            def store(old, x):
+                return quantize_like(x, old, next(keys, None)) if is_quantized(old) else x
 
-        stored = jax.tree.map(store, state.inner, new, is_leaf=_is_own)
+            return updates, jax.tree.map(store, stored, new, is_leaf=_is_own)
+
+        key, draw = (None, None) if state.key is None else jax.random.split(state.key)
+        handed = jax.tree.leaves(updates, is_leaf=_is_no_array)
+        # (Extra arguments may be trees of all leaves.)
+        slices = {}
+        if not extra_args and not any(map(_is_no_array, handed)):
+            slices = count_slices(inner, updates, state.inner, params)
+        if slices:
+            updates, stored = in_slices(step, slices, updates, state.inner, params, draw)
+        else:
+            updates, stored = step(updates, state.inner, params, draw)
         return updates, QuantizedState(stored, key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -150,6 +164,11 @@ def quantize_state(
 def _is_own(node: Any) -> bool:
     """Whether a node of the state is one that this wrapper encodes, or leaves as it is whole."""
     return is_quantized(node) or isinstance(node, ProjectionState | QuantizedState)
+
+
+def _is_no_array(leaf: Any) -> bool:
+    """Whether a leaf is one of this library's own, projected or on its way to a subspace."""
+    return isinstance(leaf, LowRankUpdate) or is_projected(leaf)
 
 
 def _check_rules(

@@ -56,14 +56,17 @@ def inner_update(
     state: optax.OptState,
     params: optax.Params | None,
     extra_args: dict[str, Any],
+    step_size: jax.Array | None = None,
 ) -> tuple[list[jax.Array], optax.OptState]:
     """Runs ``inner`` on the low-rank leaves of a tree of ``structure`` and lifts what it returns.
 
     Returns:
-      Updates in full shape and the gradients' dtypes, zero where a leaf's gradient was not finite;
-      and the inner state, unchanged for those leaves.
+      Updates in full shape and the gradients' dtypes, times ``step_size`` if given, zero where a
+      leaf's gradient was not finite; and the inner state, unchanged for those leaves.
     """
     lows, used, new_state = inner_low_update(inner, handed, structure, state, params, extra_args)
+    if step_size is not None:
+        lows = [u * step_size.astype(u.dtype) for u in lows]
     full = zip(handed, lows, used, strict=True)
     return [_full_update(jnp.where(ok, u, 0), x) for x, u, ok in full], new_state
 
@@ -177,7 +180,9 @@ def scale_by_subspace(
 
     Returns:
       A transformation with state :class:`SubspaceState`, whose structure, shapes and dtypes never
-      change.
+      change. Its ``update`` takes ``source``, see :func:`subspace_value_and_grad`, and
+      ``step_size``, a scalar that multiplies the updates before they are lifted, which takes no
+      pass over arrays of full size; both are kept from ``inner``.
 
     Raises:
       TypeError: ``rank`` is no int, ``projector`` no :class:`Projector`; at ``init``, a complex or
@@ -220,10 +225,12 @@ def scale_by_subspace(
         projection, plans = subspace.init(params)
         return SubspaceState(projection, init_inner(inner, params, plans))
 
-    def update_fn(updates, state, params=None, *, source=None, **extra_args):
+    def update_fn(updates, state, params=None, *, source=None, step_size=None, **extra_args):
         handed, projection = subspace.project(updates, state.projection, source)
         structure: Any = jax.tree.structure(updates, is_leaf=is_projected)
-        full, inner_state = inner_update(inner, handed, structure, state.inner, params, extra_args)
+        full, inner_state = inner_update(
+            inner, handed, structure, state.inner, params, extra_args, step_size
+        )
         return structure.unflatten(full), SubspaceState(projection, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -48,7 +48,8 @@ PAIRS = [
 def test_the_contract(projector, inner):
     """All sides within one case, as rules: one compilation serves them."""
     tall, stack = (trees.params()[k] for k in ("tall", "stack"))
-    params, rules = {"bias": trees.params()["bias"]}, []
+    params = {k: trees.params()[k] for k in ("bias", "experts")}
+    rules = [("experts", osub.MatrixSpec(2, 3))]
     for side in SIDES:
         params |= {f"{side}_tall": tall, f"{side}_stack": stack}
         rules.append((f"{side}_stack", osub.MatrixSpec(1, 2, side=side)))
@@ -58,7 +59,7 @@ def test_the_contract(projector, inner):
     )
     options = {"inner": INNER[inner], "projector": PROJECTORS[projector]}
     plans = {p.path: p for p in osub.plan(params, rules, rank=4, **options)}
-    assert sum(p.projected for p in plans.values()) == 12
+    assert sum(p.projected for p in plans.values()) == 13
     state = tx.init(params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.eval_shape(tx.init, params))
     update, before = jax.jit(tx.update), state

@@ -381,6 +381,8 @@ def test_errors_of_the_factory_and_of_foreign_states():
             rule(first="svd")
     with pytest.raises(TypeError, match="projector must be a Projector"):
         osub.scale_by_subspace(adam, projector="svd")
+    with pytest.raises(ValueError, match="projector: every must be at least 1, got 0"):
+        osub.scale_by_subspace(adam, projector=osub.svd()._replace(every=0))
     with pytest.raises(ValueError, match="every or projector"):
         osub.galore(0.1, every=3, projector=osub.svd())
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
@@ -409,6 +411,33 @@ def test_without_decay_the_aliases_need_no_parameters():
         with pytest.raises(ValueError, match="params"):
             decaying = alias(0.1, rank=2, weight_decay=0.1)
             decaying.update(params, decaying.init(params))
+
+
+@pytest.mark.parametrize("alias", [osub.galore, osub.apollo, osub.fira])
+def test_the_learning_rate_inside_the_subspace_is_that_of_a_chain(alias):
+    params = {"w": trees.params()["tall"], "b": jnp.ones(12)}
+    rate = optax.linear_schedule(0.1, 0.5, 4)
+    accumulates = alias is osub.galore
+    inside = alias(rate, rank=4, **({"accumulate": 2} if accumulates else {}))
+    # (What decays by nearly nothing goes through the chain.)
+    chained = alias(rate, rank=4, weight_decay=1e-30, **({"accumulate": 2} if accumulates else {}))
+    state, expected = inside.init(params), chained.init(params)
+    update, reference = jax.jit(inside.update), jax.jit(chained.update)
+    for step in range(6):
+        gradients = trees.grads(params, step)
+        updates, state = update(gradients, state, params)
+        other, expected = reference(gradients, expected, params)
+        chex.assert_trees_all_close(updates, other, rtol=1e-5, atol=1e-7)
+        assert np.any(updates["w"]) == np.any(updates["b"]) == (step % 2 == 1 or not accumulates)
+    chex.assert_trees_all_close(jax.tree.leaves(state), jax.tree.leaves(expected), rtol=1e-5)
+
+
+def test_without_decay_no_array_of_full_size_is_multiplied_by_the_learning_rate():
+    params = {"w": jnp.ones((20, 12))}
+    tx = osub.galore(0.1, rank=4, projector=osub.random_projection(every=1000))
+    program = str(jax.make_jaxpr(tx.update)(params, tx.init(params)))
+    assert "f32[20,4] = mul" in program
+    assert "f32[20,12] = mul" not in program
 
 
 def test_metrics_of_an_nnx_optimizer():

@@ -88,9 +88,11 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_projector(name: str, rule: Any) -> None:
-    """Raises unless ``rule`` is a :class:`Projector`."""
+    """Raises unless ``rule`` is a :class:`Projector`, whose period is none or a count."""
     if not isinstance(rule, Projector):
         raise TypeError(f"{name} must be a Projector such as svd(every=200), got {rule!r}")
+    if rule.every is not None:
+        check_count(f"{name}: every", rule.every)
 
 
 def transformation(name: str, given: Any) -> optax.GradientTransformationExtraArgs:
