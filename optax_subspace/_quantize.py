@@ -58,9 +58,10 @@ def quantize_state(
 
     At each update the arrays are decoded to float32, ``inner`` is updated, and they are encoded
     again; where ``inner`` treats each entry for itself, as Adam and Lion do, large leaves slice by
-    slice of their first axis. Real floating-point arrays of ``min_size`` values or more are stored so. Counters, random
-    keys, copies of the weights (``z`` of schedule-free, ``params0`` of Prodigy) and the whole state
-    of a projection stay as they are: its bases have a ``projector_dtype`` of their own.
+    slice of their first axis. Real floating-point arrays of ``min_size`` values or more are stored
+    so. Counters, random keys, copies of the weights (``z`` of schedule-free, ``params0`` of
+    Prodigy) and the whole state of a projection stay as they are: its bases have a
+    ``projector_dtype`` of their own.
 
     Args:
       inner: any optax transformation, :func:`scale_by_subspace` or a member of a chain after

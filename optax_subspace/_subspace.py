@@ -64,11 +64,10 @@ def inner_update(
       Updates in full shape and the gradients' dtypes, times ``step_size`` if given, zero where a
       leaf's gradient was not finite; and the inner state, unchanged for those leaves.
     """
-    lows, used, new_state = inner_low_update(inner, handed, structure, state, params, extra_args)
+    lows, _, new_state = inner_low_update(inner, handed, structure, state, params, extra_args)
     if step_size is not None:
         lows = [u * step_size.astype(u.dtype) for u in lows]
-    full = zip(handed, lows, used, strict=True)
-    return [_full_update(jnp.where(ok, u, 0), x) for x, u, ok in full], new_state
+    return [_full_update(u, x) for x, u in zip(handed, lows, strict=True)], new_state
 
 
 def inner_low_update(
@@ -82,8 +81,9 @@ def inner_low_update(
     """Runs ``inner`` on the low-rank leaves of a tree of ``structure``.
 
     Returns:
-      Updates in subspace shape; whether each is used, () bool; and the inner state, unchanged for
-      those leaves that aren't.
+      Updates in subspace shape, zero for leaves without a usable gradient and where they are not
+      finite themselves; whether each is finite and used, () bool; and the inner state, unchanged
+      for those leaves that aren't.
     """
     low_params = None
     if params is not None:
@@ -96,10 +96,12 @@ def inner_low_update(
     updates, new_state = inner.update(gradients, state, low_params, **extra_args)
     ready = handed[0].ready if handed else None
     lows = structure.flatten_up_to(updates)
-    # An update that overflows inside is left out, with its part of the state. That the kept state
-    # thus depends on the update also has XLA finish the update first and change the moments in
-    # place, where it would copy all of them to leave the order open.
+    # Where an update overflows inside, that part of the state is kept. That the state thus depends
+    # on the update also has XLA finish the update first and change the moments in place, where it
+    # would copy all of them to leave the order open. (The update itself is told entry by entry:
+    # for one answer to all XLA would pass over it once more.)
     used = [x.used & jnp.all(jnp.isfinite(u)) for x, u in zip(handed, lows, strict=True)]
+    lows = [jnp.where(x.used & jnp.isfinite(u), u, 0) for x, u in zip(handed, lows, strict=True)]
     new_state = keep_skipped(new_state, state, structure, used, ready)
     new_state = turn_moments(new_state, structure, plans, [x.after for x in handed])
     return lows, used, new_state
@@ -150,8 +152,10 @@ def scale_by_subspace(
     :math:`P_t^\top W_t`; weight decay belongs in full space, after this transformation.
 
     A leaf whose gradient is not finite gets a zero update, keeps its basis and its part of the
-    inner state, and is counted in the state. The arithmetic is float32 (float64 for float64
-    leaves), and updates have the dtype of the incoming gradients.
+    inner state, and is counted in the state. Where the update that ``inner`` makes of a finite
+    gradient is not finite, it is zero, and the leaf's part of the inner state is kept. The
+    arithmetic is float32 (float64 for float64 leaves), and updates have the dtype of the incoming
+    gradients.
 
     Args:
       inner: any optax transformation.

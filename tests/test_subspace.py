@@ -149,6 +149,23 @@ def test_the_buffer_of_micro_batches_keeps_its_dtype():
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
+def test_an_update_that_is_not_finite_in_some_entries_is_zero_there():
+    """0 / 0 in a row of coordinates: the others move, and the state waits."""
+    signs = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u / jnp.abs(u), updates))
+    inner = optax.chain(optax.trace(0.5), signs)
+    tx = pure(inner=inner, rules=None, side="right", projector=osub.random_projection(100))
+    good = {"w": trees.params()["tall"], "b": jnp.ones(12)}
+    bad = {"w": good["w"].at[3].set(0), "b": good["b"].at[5].set(0)}
+    state = tx.init(good)
+    updates, after = tx.update(bad, state, good)
+    chex.assert_trees_all_equal(after.inner, state.inner)
+    assert all(int(count) == 0 for count in after.projection.skipped.values())
+    assert float(updates["b"][5]) == 0 and np.all(updates["b"][:5] == 1)
+    assert not np.any(updates["w"][3]) and np.all(np.any(updates["w"][:3], axis=1))
+    updates, after = tx.update(good, after, good)
+    assert np.all(np.any(updates["w"], axis=1)) and np.any(after.inner[0].trace["w"])
+
+
 def test_first_gradients_of_nan_and_of_zero():
     params = {"nan": trees.params()["tall"], "zero": trees.params()["wide"]}
     tx = pure(rules=None)
