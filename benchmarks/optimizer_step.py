@@ -134,7 +134,6 @@ def compare(model: str, layers: int, rank: int, args: argparse.Namespace) -> Non
         f"floor, {side}": floor(flat, rank, side) for side in ("longer", "shorter", "both")
     }
     timings = _timing.alternate({**floors, **steps}, rounds=args.rounds, warmup=2)
-    peer = timings[PEER].median
     rows = []
     for name, timing in timings.items():
         step = steps.get(name)
@@ -148,10 +147,8 @@ def compare(model: str, layers: int, rank: int, args: argparse.Namespace) -> Non
                 name,
                 f"{timing.median * 1e3:.1f}",
                 f"{timing.spread:.2f}",
-                f"{timing.median / timings[f'floor, {SIDES[name]}'].median:.2f}"
-                if name in SIDES
-                else "",
-                f"{timing.median / peer:.2f}",
+                f"{timing.over(timings[f'floor, {SIDES[name]}']):.2f}" if name in SIDES else "",
+                f"{timing.over(timings[PEER]):.2f}",
                 *memory,
             ]
         )
