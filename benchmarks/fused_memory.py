@@ -23,6 +23,7 @@ from models.config import PRESETS, LlamaConfig
 from train import topology
 from train.batches import Batch
 from train.memory import tree_bytes
+from train.optimizer import SLICE_SIZE
 from train.step import kernels_in_int8, make_eval_step
 
 # Published for LLaMA-7b at 8 x 512 tokens, activation checkpointing (LOMO, table 1): total GB.
@@ -36,6 +37,7 @@ def methods(
     """The optimizers of the table; the side of the bases, and how they are stored."""
     rules = llama.subspace_rules()
     eight_bits: dict[str, Any] = {"rules": rules, "projector_dtype": bases, "side": side}
+    eight_bits["storage"] = {"slice_size": SLICE_SIZE}
     return {
         "AdamW": optax.adamw(RATE),
         "SGD": osub.lomo(RATE),

@@ -241,10 +241,10 @@ def finished(
         after = optax.transforms.conditionally_mask(after, is_last)
     tx = optax.chain(subspace, after)
 
-    def scaled_inside(updates, state, params=None, **extra_args):
-        step_size, rest = after.update(jnp.ones([]), state[1])
+    def scaled_inside(updates, state, params=None, *, step_size=1.0, **extra_args):
+        rate, rest = after.update(jnp.ones([]), state[1])
         updates, first = subspace.update(
-            updates, state[0], params, step_size=step_size, **extra_args
+            updates, state[0], params, step_size=step_size * rate, **extra_args
         )
         return updates, (first, rest)
 

@@ -208,7 +208,9 @@ class Subspace:
                 total = total.astype(state.accumulated[plan.path].dtype)
                 accumulated[plan.path] = jnp.where(last, 0, total)
                 low = total / self.accumulate
-            finite = jnp.all(jnp.isfinite(low))
+            # Of a gradient beyond the root of the largest number, second moments would be infinite
+            # for good.
+            finite = jnp.all(jnp.isfinite(low * low))
             used = finite if last is None else finite & last
             ended = True if last is None else last
             skipped[plan.path] = state.skipped[plan.path] + (ended & ~finite).astype(jnp.int32)
@@ -343,9 +345,9 @@ class Subspace:
             sides.append(follow(rule, plan, moves, matrices, side, coordinates, old, state, rotate))
         done, overlap, turn = joined(sides)
         # A rule that sees the gradient through its basis alone can't find one that has left it:
-        # such a leaf begins anew with the next gradient.
+        # such a leaf begins anew with the next gradient. (One of zeros has not left.)
         lost = [
-            s.energy < _LOST * shape[-1] / shape[-2]
+            s.done & (s.energy < _LOST * shape[-1] / shape[-2])
             for s, shape in zip(sides, plan.basis_shapes, strict=True)
         ]
         followed = basis._replace(

@@ -138,7 +138,7 @@ def scale_by_subspace_norms(
             norms = jnp.zeros([], jnp.float32)
         return GradientScalingState(projection, init_inner(inner, params, plans), norms)
 
-    def update_fn(updates, state, params=None, *, step_size=1.0, **extra_args):
+    def update_fn(updates, state, params=None, *, step_size=None, **extra_args):
         structure: Any
         leaves, structure = jax.tree.flatten(updates, is_leaf=is_projected)
         if any(map(is_projected, leaves)):
@@ -150,6 +150,7 @@ def scale_by_subspace_norms(
         lows, used, inner_state = inner_low_update(
             inner, handed, structure, state.inner, params, extra_args
         )
+        step_size = 1.0 if step_size is None else step_size
         found, norms = [], dict(state.norms) if handed else state.norms
         for gradient, leaf, low, ok in zip(leaves, handed, lows, used, strict=True):
             path, gradient = leaf.plan.path, jnp.asarray(gradient)

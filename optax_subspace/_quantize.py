@@ -51,17 +51,16 @@ def quantize_state(
     block: int = 256,
     min_size: int = 4096,
     shards: int = 1,
+    slice_size: int | None = None,
     stochastic_rounding: bool = False,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Stores the arrays of ``inner``'s state in 8 or 4 bits between its updates.
 
     At each update the arrays are decoded to float32, ``inner`` is updated, and they are encoded
-    again; where ``inner`` treats each entry for itself, as Adam and Lion do, large leaves slice by
-    slice of their first axis. Real floating-point arrays of ``min_size`` values or more are stored
-    so. Counters, random keys, copies of the weights (``z`` of schedule-free, ``params0`` of
-    Prodigy) and the whole state of a projection stay as they are: its bases have a
-    ``projector_dtype`` of their own.
+    again. Real floating-point arrays of ``min_size`` values or more are stored so. Counters, random
+    keys, copies of the weights (``z`` of schedule-free, ``params0`` of Prodigy) and the whole state
+    of a projection stay as they are: its bases have a ``projector_dtype`` of their own.
 
     Args:
       inner: any optax transformation, :func:`scale_by_subspace` or a member of a chain after
@@ -81,6 +80,11 @@ def quantize_state(
       block: number of values that share a float32 scale, a power of two.
       min_size: smaller arrays stay as they are.
       shards: number of devices that an axis may be split over; blocks keep to the parts.
+      slice_size: update leaves of more than four times so many values in slices of their first
+        axis, of so many values at most, where ``inner`` treats each entry for itself as Adam and
+        Lion do: no more than a slice exists in float32 then, where on a TPU there would be several
+        arrays of the leaf's size. For leaves that are not split over devices, which would be
+        gathered.
       stochastic_rounding: draw between the two nearest codes such that the mean is kept (but for
         what lies below the least code: the signed dynamic codes have no -1). Under ``jax.vmap`` of
         ``init`` all slices draw the same.
@@ -111,6 +115,8 @@ def quantize_state(
         if isinstance(rule, str):
             code_of(rule)
     check_count("min_size", min_size, 0)
+    if slice_size is not None:
+        check_count("slice_size", slice_size)
 
     def init_fn(params):
         state = inner.init(params)
@@ -151,8 +157,8 @@ def quantize_state(
         handed = jax.tree.leaves(updates, is_leaf=_is_no_array)
         # (Extra arguments may be trees of all leaves.)
         slices = {}
-        if not extra_args and not any(map(_is_no_array, handed)):
-            slices = count_slices(inner, updates, state.inner, params)
+        if slice_size is not None and not extra_args and not any(map(_is_no_array, handed)):
+            slices = count_slices(inner, updates, state.inner, params, slice_size)
         if slices:
             updates, stored = in_slices(step, slices, updates, state.inner, params, draw)
         else:

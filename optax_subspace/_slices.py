@@ -17,10 +17,11 @@ import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from optax_subspace._blocks import is_quantized, parts_of
+from optax_subspace._dependence import flow
 from optax_subspace._inner_state import map_leaves
 
-# Values of a leaf that is taken in slices, and of a slice at most (if its first axis allows it).
-LARGE, SLICE = 2**24, 2**22
+# A leaf is taken in slices if it has more than so many times the values that one may have.
+LEAST = 4
 
 _NAMES = (
     "abs add add_any and cbrt ceil clamp convert_element_type copy copy_p cos div eq erf exp exp2 "
@@ -37,9 +38,13 @@ Step = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 def count_slices(
-    inner: optax.GradientTransformationExtraArgs, updates: Any, state: Any, params: Any
+    inner: optax.GradientTransformationExtraArgs,
+    updates: Any,
+    state: Any,
+    params: Any,
+    size: int,
 ) -> dict[int, int]:
-    """The leaves that can be updated slice by slice: the number of slices by the leaf's index."""
+    """The leaves that can be updated in slices of ``size`` values: their number by leaf's index."""
     structure: Any = jax.tree.structure(updates)
     leaves = jax.tree.leaves(updates)
     # (A lone array is shaped like every array of the state.)
@@ -47,9 +52,9 @@ def count_slices(
         return {}
     counts = {}
     for i, leaf in enumerate(leaves):
-        if leaf.size < LARGE or not 2 <= leaf.ndim <= len(_PRIMES):
+        if leaf.size <= LEAST * size or not 2 <= leaf.ndim <= len(_PRIMES):
             continue
-        count = _count(leaf, _parts(structure, state, i))
+        count = _count(leaf, _parts(structure, state, i), size)
         if count > 1 and _is_elementwise(inner, structure, leaves, i, state, params):
             counts[i] = count
     return counts
@@ -93,8 +98,7 @@ def in_slices(
             low = None if weight is None else alone(i, weight)
             draw = None if draws is None else jax.random.fold_in(draws, k)
             out, new = step(alone(i, leaf), _with_parts(structure, state, put), low, draw)
-            out = structure.flatten_up_to(out)[i].astype(leaf.dtype)
-            return out, _parts(structure, new, i)
+            return structure.flatten_up_to(out)[i], _parts(structure, new, i)
 
         def one(k, carry, i=i, count=count, of_slice=of_slice):
             # In place: updates end where gradients were. (In a branch, which is always taken, since
@@ -131,7 +135,7 @@ def _with_parts(structure: Any, state: Any, change: Callable[[int, Any], Any]) -
     return map_leaves(by_leaf, lambda part: part, structure, state)
 
 
-def _count(leaf: Any, parts: list[Any]) -> int:
+def _count(leaf: Any, parts: list[Any], most: int) -> int:
     """Into how many slices of its first axis a leaf is cut, 1 if it can't be."""
     stored = [part for part in parts if is_quantized(part)]
     if not stored or any(part.shape != leaf.shape for part in parts):
@@ -144,7 +148,7 @@ def _count(leaf: Any, parts: list[Any]) -> int:
         if rows % count or any(size % q.layout.block for q in stored):
             continue
         found = count
-        if size <= SLICE:
+        if size <= most:
             break
     return found
 
@@ -181,7 +185,11 @@ def _is_elementwise(
     state: Any,
     params: Any,
 ) -> bool:
-    """Whether each entry of a leaf's update depends on that entry of its arrays alone."""
+    """Whether each entry of a leaf's update depends on that entry of its arrays alone.
+
+    It may depend on scalars of the whole state; nothing else may depend on the leaf, and the update
+    has the gradient's dtype, whose place it takes.
+    """
     shape = _PRIMES[: leaves[index].ndim]
     small = lambda i, x: jax.ShapeDtypeStruct(shape if i == index else (0,) * len(x.shape), x.dtype)
     tree = structure.unflatten([small(i, x) for i, x in enumerate(leaves)])
@@ -192,8 +200,25 @@ def _is_elementwise(
     as_shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     stand_in = _with_parts(structure, state, small)
     stand_in = jax.tree.map(lambda x: x if hasattr(x, "dtype") else as_shape(x), stand_in)
-    program = jax.make_jaxpr(inner.update)(tree, stand_in, weights)
-    return all(_apart(program.jaxpr, shape))
+    program = jax.make_jaxpr(inner.update)(tree, stand_in, weights).jaxpr
+    # The leaf that each array belongs to; none for those of the whole tree.
+    every = list(range(len(leaves)))
+    of_state = jax.tree.leaves(
+        map_leaves(
+            lambda i, _, part: jax.tree.map(lambda _: i, part),
+            lambda part: jax.tree.map(lambda _: -1, part),
+            structure,
+            stand_in,
+        )
+    )
+    own = [frozenset() if i < 0 else frozenset([i]) for i in every + of_state]
+    own += [frozenset([i]) for i in every] if params is not None else []
+    if len(program.outvars) != len(every) + len(of_state):
+        return False
+    out = zip(every + of_state, flow(program, own, []), strict=True)
+    alone = all(found <= {index} if i == index else index not in found for i, found in out)
+    same = program.outvars[index].aval.dtype == leaves[index].dtype
+    return alone and same and all(_apart(program, shape))
 
 
 def _apart(program: Jaxpr, shape: tuple[int, ...]) -> Iterator[bool]:

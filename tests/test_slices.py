@@ -27,6 +27,12 @@ MIXING = {
     "muon": osub.scale_by_hamiltonian_descent(osub.lion_k("nuclear")),
     "noisy": optax.chain(optax.scale_by_adam(), optax.add_noise(0.1, 0.5, 0)),
     "clipped": optax.chain(optax.clip_by_block_rms(1.0), optax.scale_by_adam()),
+    "counting": optax.chain(
+        optax.scale_by_adam(),
+        optax.GradientTransformation(
+            lambda p: jnp.zeros([]), lambda u, s, p=None: (u, s + optax.tree.norm(u))
+        ),
+    ),
     "in a subspace": osub.scale_by_subspace(optax.scale_by_adam(), rank=4),
 }
 PARAMS = {"w": (12, 4, 64), "b": (64,), "small": (8, 8), "v": (6, 512), "n": ()}
@@ -36,9 +42,7 @@ def tree(shift=0.0):
     return {k: jnp.sin(jnp.arange(np.prod(s)) + shift).reshape(s) for k, s in PARAMS.items()}
 
 
-def few_values(monkeypatch, large=2048, part=512):
-    monkeypatch.setattr(_slices, "LARGE", large)
-    monkeypatch.setattr(_slices, "SLICE", part)
+SIZE = 512
 
 
 def run(tx, params, steps=3):
@@ -52,20 +56,20 @@ def sliced(inner, params, **storage):
     """The number of slices of each leaf that is taken apart."""
     tx = osub.quantize_state(inner, **{"block": 64, "min_size": 64} | storage)
     inner = optax.with_extra_args_support(inner)
-    return _slices.count_slices(inner, params, tx.init(params).inner, params)
+    return _slices.count_slices(inner, params, tx.init(params).inner, params, SIZE)
 
 
 @pytest.mark.parametrize(
     ("name", "code"), [("adam", "dynamic4"), *((name, "linear") for name in ELEMENTWISE)]
 )
-def test_slices_equal_the_whole(name, code, monkeypatch):
+def test_slices_equal_the_whole(name, code):
     rules = [("^(0/)?nu", "dynamic")]
     with pytest.warns() if name in ("lion", "trace") else np.errstate():
-        tx = osub.quantize_state(ELEMENTWISE[name], code, rules=rules, block=64, min_size=64)
-        expected = run(tx, tree())
-        few_values(monkeypatch)
+        storage = {"rules": rules, "block": 64, "min_size": 64}
+        expected = run(osub.quantize_state(ELEMENTWISE[name], code, **storage), tree())
         # In the order of the keys: v and w.
         assert sliced(ELEMENTWISE[name], tree(), code=code, rules=rules) == {3: 6, 4: 6}
+        tx = osub.quantize_state(ELEMENTWISE[name], code, slice_size=SIZE, **storage)
         updates, state = run(tx, tree())
     chex.assert_trees_all_equal_shapes_and_dtypes(state, expected[1])
     chex.assert_trees_all_close(updates, expected[0], rtol=1e-5, atol=1e-6)
@@ -75,13 +79,11 @@ def test_slices_equal_the_whole(name, code, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_what_mixes_entries_sees_the_whole(name, monkeypatch):
-    few_values(monkeypatch)
+def test_what_mixes_entries_sees_the_whole(name):
     assert sliced(MIXING[name], tree()) == {}
 
 
-def test_leaves_that_cannot_be_cut_are_updated_whole(monkeypatch):
-    few_values(monkeypatch)
+def test_leaves_that_cannot_be_cut_are_updated_whole():
     adam = optax.scale_by_adam()
     w, v = (tree()[key] for key in ("w", "v"))
     assert sliced(adam, {"w": w}) == {0: 6}
@@ -92,10 +94,10 @@ def test_leaves_that_cannot_be_cut_are_updated_whole(monkeypatch):
     assert sliced(adam, {"w": w}, shards=2) == {}
 
 
-def test_slices_draw_numbers_of_their_own(monkeypatch):
-    few_values(monkeypatch)
+def test_slices_draw_numbers_of_their_own():
+    storage = {"block": 64, "min_size": 64, "slice_size": SIZE}
     tx = osub.quantize_state(
-        optax.scale_by_adam(), "linear", block=64, min_size=64, stochastic_rounding=True, seed=3
+        optax.scale_by_adam(), "linear", **storage, stochastic_rounding=True, seed=3
     )
     params = {"w": jnp.ones((12, 4, 64)), "b": jnp.ones(64)}
     gradients = jax.tree.map(lambda x: x.at[..., 0].set(10.0), params)
@@ -107,19 +109,31 @@ def test_slices_draw_numbers_of_their_own(monkeypatch):
     chex.assert_trees_all_equal(state.inner, again.inner)
 
 
-def test_memory_of_an_update_is_that_of_slices(monkeypatch):
+def test_memory_of_an_update_is_that_of_slices():
     params = {"w": jax.ShapeDtypeStruct((64, 64, 256), jnp.float32)}
-    tx = osub.quantize_state(optax.scale_by_adam())
-    state = jax.eval_shape(tx.init, params)
 
-    def temporaries():
-        # (A function of its own, since traces are kept.)
+    def temporaries(slice_size):
+        tx = osub.quantize_state(optax.scale_by_adam(), slice_size=slice_size)
         step = jax.jit(lambda g, s: tx.update(g, s), donate_argnums=(0, 1))
-        return step.lower(params, state).compile().memory_analysis().temp_size_in_bytes
+        lowered = step.lower(params, jax.eval_shape(tx.init, params))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    whole = temporaries()
-    few_values(monkeypatch, 2**20, 2**14)
     size = 4 * 2**20
-    sliced = temporaries()
-    assert whole > 2 * size
-    assert sliced < size / 2
+    assert temporaries(None) > 2 * size
+    assert temporaries(2**14) < size / 2
+
+
+def test_leaves_that_mix_or_change_their_dtype_are_updated_whole():
+    """A scalar made of another leaf, and updates of another dtype than the gradients'."""
+
+    def by_bias(updates, params):
+        norm = jnp.linalg.norm(updates["b"])
+        return jax.tree.map(lambda u: u / norm, updates)
+
+    params = {"w": tree()["w"], "b": jnp.ones(64)}
+    assert sliced(optax.chain(optax.stateless(by_bias), optax.trace(0.9)), params) == {}
+    halves = jax.tree.map(lambda x: x.astype(jnp.float16), params)
+    assert sliced(ELEMENTWISE["galore"], halves) == {1: 6}
+    assert sliced(optax.scale_by_adam(), halves) == {}
+    with pytest.raises(ValueError, match="slice_size must be at least 1, got 0"):
+        osub.quantize_state(optax.trace(0.9), slice_size=0)

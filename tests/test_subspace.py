@@ -166,6 +166,56 @@ def test_an_update_that_is_not_finite_in_some_entries_is_zero_there():
     assert np.all(np.any(updates["w"], axis=1)) and np.any(after.inner[0].trace["w"])
 
 
+@pytest.mark.parametrize("rule", [osub.history_pca, osub.online_pca, osub.oja])
+def test_a_gradient_of_zeros_leaves_a_basis_that_follows_alone(rule):
+    tx = osub.scale_by_subspace(optax.scale_by_adam(), rank=4, projector=rule())
+    params = {"w": trees.params()["tall"]}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(3):
+        _, state = update(trees.grads(params, step), state)
+    before = state.projection.leaves["w"]
+    _, state = update(jax.tree.map(jnp.zeros_like, params), state)
+    np.testing.assert_array_equal(state.projection.leaves["w"].bases[0], before.bases[0])
+    _, state = update(trees.grads(params, 3), state)
+    assert int(state.projection.leaves["w"].refreshes) == 1
+    # What has left the basis is found anew.
+    outside = params["w"] - params["w"] @ (
+        state.projection.leaves["w"].bases[0]
+        @ np.linalg.pinv(state.projection.leaves["w"].bases[0])
+    )
+    _, state = update({"w": outside}, state)
+    _, state = update({"w": outside}, state)
+    assert int(state.projection.leaves["w"].refreshes) == 2
+
+
+def test_a_gradient_whose_squares_overflow_is_skipped_and_counted():
+    params = {"w": trees.params()["tall"], "b": jnp.ones(12)}
+    tx = osub.galore(0.1, rank=4)
+    state, update = tx.init(params), jax.jit(tx.update)
+    _, state = update(trees.grads(params, 0), state)
+    updates, after = update(jax.tree.map(lambda g: 1e25 * g, trees.grads(params, 1)), state)
+    assert not any(map(np.any, jax.tree.leaves(updates)))
+    chex.assert_trees_all_equal(after[0].inner.nu, state[0].inner.nu)
+    assert {k: int(n) for k, n in after[0].projection.skipped.items()} == {"w": 1, "b": 1}
+    updates, _ = update(trees.grads(params, 2), after)
+    assert all(map(np.any, jax.tree.leaves(updates)))
+
+
+def test_a_step_size_multiplies_the_updates():
+    params = {"w": trees.params()["tall"], "b": jnp.ones(12)}
+    gradients = trees.grads(params)
+    rule = osub.random_projection(100)
+    for tx in (
+        pure(rules=None, projector=rule),
+        osub.scale_by_subspace_norms(optax.scale_by_adam(), rank=4, projector=rule),
+        osub.galore(0.1, rank=4, projector=rule),
+        osub.galore(0.1, rank=4, projector=rule, weight_decay=1e-30),
+    ):
+        updates, _ = tx.update(gradients, tx.init(params), params, step_size=1)
+        halves, _ = tx.update(gradients, tx.init(params), params, step_size=0.5)
+        chex.assert_trees_all_close(halves, jax.tree.map(lambda u: u / 2, updates), rtol=1e-5)
+
+
 def test_first_gradients_of_nan_and_of_zero():
     params = {"nan": trees.params()["tall"], "zero": trees.params()["wide"]}
     tx = pure(rules=None)

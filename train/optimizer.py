@@ -51,6 +51,8 @@ from train.config import (
 )
 
 NO_ADAPTERS = LoraConfig()
+# Values of a leaf whose moments in 8 bits are decoded at once: 16 MiB in float32.
+SLICE_SIZE = 2**22
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
@@ -107,7 +109,9 @@ def make(
             settings["every"] = config.every
     betas: dict[str, Any] = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
     adam = dict(betas)
-    storage: dict[str, Any] = {"code": config.code, "shards": shards}
+    # (Slices of a leaf that is split over devices would be gathered.)
+    slice_size = SLICE_SIZE if shards == 1 else None
+    storage: dict[str, Any] = {"code": config.code, "shards": shards, "slice_size": slice_size}
     if config.code in FIRST_MOMENTS_ALONE:
         storage["rules"] = [("(^|/)nu/", "dynamic")]
     kinetic = None
