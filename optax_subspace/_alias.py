@@ -14,7 +14,7 @@ import optax
 from optax_subspace._hamiltonian import scale_by_hamiltonian_descent
 from optax_subspace._kinetic import adam_kinetic
 from optax_subspace._leaves import Rules, leaf_names
-from optax_subspace._lomo import decay_of
+from optax_subspace._lomo import decay_of, decays
 from optax_subspace._projectors import Projector, history_pca, svd
 from optax_subspace._subspace import scale_by_subspace
 
@@ -72,7 +72,8 @@ def galore(
       projector_dtype: how the bases are stored, in float32 by default; see
         :func:`scale_by_subspace`.
       stagger, moments, accumulate, seed: see :func:`scale_by_subspace`, whose defaults None stands
-        for; decay and schedule take one step per ``accumulate`` gradients.
+        for; decay and schedule take one step per ``accumulate`` gradients (those of
+        ``optax.inject_hyperparams``, which counts by itself, one per gradient).
       weight_decay: decoupled decay :math:`\lambda`, in full space and times the learning rate.
       mask: tree of booleans, or a function from parameters to one: which leaves decay.
 
@@ -248,7 +249,7 @@ def finished(
         )
         return updates, (first, rest)
 
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
+    if not decays(weight_decay):
         return optax.GradientTransformationExtraArgs(tx.init, scaled_inside)
 
     def update_fn(updates, state, params=None, **extra_args):

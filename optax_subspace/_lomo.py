@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -41,11 +42,16 @@ def lomo(
     return optax.chain(decay_of(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
 
 
+def decays(weight_decay: Any) -> bool:
+    """Whether there is any decay; a traced number, which may be zero, counts as one."""
+    return not (isinstance(weight_decay, numbers.Real) and weight_decay == 0)
+
+
 def decay_of(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """Decoupled decay; of zero nothing, so that updates need no parameters."""
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return optax.identity()
-    return optax.add_decayed_weights(weight_decay, mask)
+    return (
+        optax.add_decayed_weights(weight_decay, mask) if decays(weight_decay) else optax.identity()
+    )
 
 
 def adalomo(

@@ -472,9 +472,10 @@ def test_errors_of_the_factory_and_of_foreign_states():
 def test_without_decay_the_aliases_need_no_parameters():
     params = {"w": jnp.ones((8, 6))}
     for alias in (osub.galore, osub.online_subspace_descent, osub.galore_adamw8bit):
-        tx = alias(0.1, rank=2)
-        updates, _ = tx.update(params, tx.init(params))
-        assert float(jnp.linalg.norm(updates["w"])) > 0
+        for zero in (0.0, np.float32(0)):
+            tx = alias(0.1, rank=2, weight_decay=zero)
+            updates, _ = tx.update(params, tx.init(params))
+            assert float(jnp.linalg.norm(updates["w"])) > 0
         with pytest.raises(ValueError, match="params"):
             decaying = alias(0.1, rank=2, weight_decay=0.1)
             decaying.update(params, decaying.init(params))
