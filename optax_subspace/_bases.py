@@ -208,9 +208,7 @@ class Subspace:
                 total = total.astype(state.accumulated[plan.path].dtype)
                 accumulated[plan.path] = jnp.where(last, 0, total)
                 low = total / self.accumulate
-            # Of a gradient beyond the root of the largest number, second moments would be infinite
-            # for good.
-            finite = jnp.all(jnp.isfinite(low * low))
+            finite = jnp.all(jnp.isfinite(low))
             used = finite if last is None else finite & last
             ended = True if last is None else last
             skipped[plan.path] = state.skipped[plan.path] + (ended & ~finite).astype(jnp.int32)

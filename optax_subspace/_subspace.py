@@ -151,11 +151,11 @@ def scale_by_subspace(
     through ``inner`` at their full shape. Where ``inner`` asks for parameters it is given
     :math:`P_t^\top W_t`; weight decay belongs in full space, after this transformation.
 
-    A leaf whose gradient is not finite, or has coordinates whose squares are not, gets a zero
-    update, keeps its basis and its part of the inner state, and is counted in the state. Where the
-    update that ``inner`` makes of another gradient is not finite, it is zero, and the leaf's part
-    of the inner state is kept. The arithmetic is float32 (float64 for float64 leaves), and updates
-    have the dtype of the incoming gradients.
+    A leaf whose gradient is not finite gets a zero update, keeps its basis and its part of the
+    inner state, and is counted in the state. Where the update that ``inner`` makes of a finite
+    gradient is not finite, it is zero, and the leaf's part of the inner state is kept. The
+    arithmetic is float32 (float64 for float64 leaves), and updates have the dtype of the incoming
+    gradients.
 
     Args:
       inner: any optax transformation.
