@@ -27,7 +27,7 @@ from optax_subspace._projection_state import (
     check_unique,
 )
 from optax_subspace._projectors import Projector, svd
-from optax_subspace._projectors._base import check_count, check_projector, key_of
+from optax_subspace._projectors._base import NO_GRADIENT, check_count, check_projector, key_of
 from optax_subspace._refresh import (
     Refreshed,
     Turn,
@@ -345,7 +345,7 @@ class Subspace:
         # A rule that sees the gradient through its basis alone can't find one that has left it:
         # such a leaf begins anew with the next gradient. (One of zeros has not left.)
         lost = [
-            s.done & (s.energy < _LOST * shape[-1] / shape[-2])
+            (s.energy < _LOST * shape[-1] / shape[-2]) & (s.energy != NO_GRADIENT)
             for s, shape in zip(sides, plan.basis_shapes, strict=True)
         ]
         followed = basis._replace(

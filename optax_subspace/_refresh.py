@@ -13,7 +13,7 @@ from optax_subspace._blocks import dequantize, is_quantized, quantize_like
 from optax_subspace._leaves import LeafPlan
 from optax_subspace._projection import largest
 from optax_subspace._projectors import Projector
-from optax_subspace._projectors._base import directions, squared_norm
+from optax_subspace._projectors._base import NO_GRADIENT, directions, squared_norm
 
 
 class Refreshed(NamedTuple):
@@ -26,7 +26,7 @@ class Refreshed(NamedTuple):
       overlap: float32 ``(*batch,)``, mean squared cosine of the principal angles between the old
         and the new basis, where ``done``.
       energy: float32 ``(*batch,)``, the share of the gradient within the old basis, where a rule
-        that follows has moved it.
+        that follows has moved it; ``NO_GRADIENT`` for one of zeros.
       rotation: ``P'^T P`` of shape ``(*batch, r, r)``, what the coordinates of the old basis are
         multiplied with, zero where not ``done``; None if not asked for.
     """
@@ -187,6 +187,10 @@ def follow(
         new = checked(step, product, *old, name=plan.path)
         moved = squared > 0
         energy = jnp.sum(low**2) / jnp.where(moved, squared, 1)
+        # Only a gradient without coordinates has to be looked at whole.
+        look = lambda: jnp.all(matrix == 0)
+        nothing = jax.lax.cond(jnp.all(low == 0), look, lambda: jnp.zeros([], bool))
+        energy = jnp.where(nothing, NO_GRADIENT, energy)
         return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
 
     return in_slices(plan, moves, move, (matrices, coordinates), (basis, state), rotate)
@@ -203,7 +207,7 @@ def follow_product(
     rotate: bool,
 ) -> Refreshed:
     """As :func:`follow`, with the ``product`` ``(*batch, m, r)`` and the share of the gradient
-    within the basis that the source gave; the latter is negative where there is no gradient."""
+    within the basis that the source gave; the latter is negative where none is in the basis."""
     assert rule.follow is not None
     step = rule.follow
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optax_subspace._blocks import dequantize
 from optax_subspace._projection import compute_dtype, largest
 from optax_subspace._projectors import Projector
-from optax_subspace._projectors._base import directions, squared_norm
+from optax_subspace._projectors._base import NO_GRADIENT, directions, squared_norm
 from optax_subspace._refresh import checked
 
 
@@ -41,7 +41,8 @@ class Probe(NamedTuple):
       low: the projected gradient, ``plan.low_shape``.
       products: ``G G^T P / ||G||_F^2`` of each side, ``(m, r)``, for rules that follow; the norm
         is the estimate of ``squared_norm``.
-      energies: ``||P^T G||_F^2 / ||G||_F^2`` of each side; -1 without any gradient.
+      energies: ``||P^T G||_F^2 / ||G||_F^2`` of each side; -1 without any gradient within the
+        basis, ``NO_GRADIENT`` without any.
       bases: the bases that this pass has projected with, if it refreshes.
       rules: the rules' states after it, as floats, if it refreshes.
       done: 1 where there is a new basis.
@@ -166,7 +167,9 @@ def _followed(
     squared = squared_norm(low, seen, dequantize(basis).astype(low.dtype), seen_by)
     some = squared > 0
     product = _contract(x, _narrow(dy, low.T)) / jnp.where(some, squared, 1) / scale
-    return product, jnp.where(some, jnp.sum(low**2) / jnp.where(some, squared, 1), -1.0)
+    energy = jnp.where(some, jnp.sum(low**2) / jnp.where(some, squared, 1), -1.0)
+    nothing = jnp.all(low == 0) & jnp.all(seen == 0)
+    return product, jnp.where(nothing, NO_GRADIENT, energy)
 
 
 class Gradient:

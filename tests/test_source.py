@@ -434,3 +434,20 @@ def test_only_low_rank_gradients_cross_devices():
     assert low in (sum(found["moved"]) - head - loss, sum(found["moved"]) - head - 2 * loss)
     full = 64 * 96 + 96 * 64
     assert low <= 1.1 * (8 / 64) * full
+
+
+def test_a_batch_without_a_gradient_leaves_a_basis_that_follows_alone():
+    tx = osub.online_subspace_descent(0.1, rank=2)
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 12))}
+    loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    grad = osub.subspace_value_and_grad(loss, tx)
+
+    @jax.jit
+    def step(state, x):
+        _, gradients, source = grad(params, state, x)
+        return tx.update(gradients, state, params, source=source)[1]
+
+    state = tx.init(params)
+    for scale in (1, 2, 0, 3, 4):
+        state = step(state, scale * jax.random.normal(jax.random.key(scale), (16, 8)))
+    assert int(state[0].projection.leaves["w"].refreshes) == 1

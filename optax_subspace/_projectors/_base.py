@@ -12,6 +12,8 @@ import optax
 
 RELATIVE_TO = ("gradient", "estimate")
 _SKETCHED = 8  # random directions
+# Stands for the energy within a basis where there is no gradient; below zero it is unknown.
+NO_GRADIENT = -2.0
 
 
 class Projector(NamedTuple):
