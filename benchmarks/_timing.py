@@ -1,7 +1,7 @@
 """Side-by-side timing.
 
 Machines differ and drift, so figures of two runs do not compare: the contestants take turns within
-one run, and what is reported is the ratio of their medians.
+one run, and what is reported is the ratio of their medians, or the median of the rounds' ratios.
 """
 
 import dataclasses

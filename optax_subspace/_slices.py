@@ -197,20 +197,12 @@ def _is_elementwise(
     if params is not None:
         rows = enumerate(structure.flatten_up_to(params))
         weights = structure.unflatten([small(i, x) for i, x in rows])
-    as_shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
     stand_in = _with_parts(structure, state, small)
-    stand_in = jax.tree.map(lambda x: x if hasattr(x, "dtype") else as_shape(x), stand_in)
     program = jax.make_jaxpr(inner.update)(tree, stand_in, weights).jaxpr
     # The leaf that each array belongs to; none for those of the whole tree.
     every = list(range(len(leaves)))
-    of_state = jax.tree.leaves(
-        map_leaves(
-            lambda i, _, part: jax.tree.map(lambda _: i, part),
-            lambda part: jax.tree.map(lambda _: -1, part),
-            structure,
-            stand_in,
-        )
-    )
+    nobodys = jax.tree.map(lambda _: -1, stand_in)
+    of_state = jax.tree.leaves(_with_parts(structure, nobodys, lambda i, _: i))
     own = [frozenset() if i < 0 else frozenset([i]) for i in every + of_state]
     own += [frozenset([i]) for i in every] if params is not None else []
     if len(program.outvars) != len(every) + len(of_state):
