@@ -58,6 +58,8 @@ def test_processes_have_equal_parts_of_one_batch_and_one_position(data, layout):
         stream.close()
     with pytest.raises(UsageError, match="--train.batch_size 12: 5 processes"):
         batches.training(data, 12, 32, 0, 0, 5)
+    with pytest.raises(UsageError, match="row takes 476,837.2 GiB, this machine"):
+        batches.training(data, 2_000_000_000_000, 32, 0)
 
 
 def test_batches_are_made_ahead_and_the_position_is_that_of_the_last_one_taken(data):

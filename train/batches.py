@@ -68,12 +68,20 @@ def training(
       process_count: number of processes.
 
     Raises:
-      UsageError: the rows can't be divided equally.
+      UsageError: the rows can't be divided equally, or no batch fits into this machine's memory.
     """
     if batch_size % process_count:
         raise UsageError(
             f"--train.batch_size {batch_size}: {process_count} processes can't have equal parts; "
             f"give a multiple of {process_count}"
+        )
+    # (Inputs and targets, of 4 bytes a token.)
+    needed = 8 * batch_size * sequence_length / 2**30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > memory:
+        raise UsageError(
+            f"--train.batch_size {batch_size}: a batch of {sequence_length} tokens a row takes "
+            f"{needed:,.1f} GiB, this machine has {memory:,.1f}; give fewer rows, or shorter ones"
         )
     source, tokenizer, options = corpus.train, corpus.tokenizer, corpus.options
     count = -(-len(source) // source.block)
