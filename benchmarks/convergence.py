@@ -2,7 +2,8 @@
 
     python -m benchmarks.convergence                      # the main question: methods, 3 seeds
     python -m benchmarks.convergence --questions all      # and the ablations, with one seed
-    python -m benchmarks.convergence --setting gpu        # a 60m in bfloat16
+    python -m benchmarks.convergence --setting gpu --data "--data.path 'c4-train.*.json.gz'"
+                                                          # a 60m in bfloat16
     python -m benchmarks.convergence --report             # the tables of what is there, no runs
 
 Each run is the trainer's own step on the trainer's own data: the same first weights, order of
@@ -39,6 +40,7 @@ from benchmarks._methods import (
     REPEATED,
     SETTINGS,
     Method,
+    Setting,
     ablations,
     all_methods,
     words_of,
@@ -147,7 +149,7 @@ def _corpus(data: Any) -> Any:
 class Study:
     """The results' file, and what is still to be run."""
 
-    def __init__(self, path: Path, setting: str):
+    def __init__(self, path: Path, setting: Setting):
         self.path, self.setting = path, setting
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.rows = {_key(row): row for row in map(json.loads, lines)}
@@ -173,7 +175,7 @@ class Study:
             "seconds": round(time.perf_counter() - began, 1),
             "command": f"python -m train {run.arguments}",
             "device": jax.devices()[0].device_kind,
-            "versions": _timing.versions("jax", "optax", "flax"),
+            "versions": _timing.versions("jax", "optax", "flax", "optax-subspace"),
             "date": datetime.date.today().isoformat(),
         }
         with open(self.path, "a", encoding="utf-8") as file:
@@ -234,14 +236,10 @@ def run_all(study: Study, questions: Sequence[str], seeds: int) -> None:
     if "others" in questions:
         for label, method in OTHERS.items():
             study.sweep(label, method, 1)
-    for question, label, words, rate in planned(study):
-        if question in questions:
-            study.run(label, words, rate, 0)
-    for seed in range(1, seeds):
-        for question, rows in answers(study).items():
-            if question in questions and question in REPEATED:
-                for label, row in rows.items():
-                    study.run(label, row["words"], row["rate"], seed)
+    for seed in range(seeds):
+        for question, label, words, rate in planned(study):
+            if question in questions and (seed == 0 or question in REPEATED):
+                study.run(label, words, rate, seed)
 
 
 def planned(study: Study) -> Iterator[tuple[str, str, str, float]]:
@@ -249,7 +247,7 @@ def planned(study: Study) -> Iterator[tuple[str, str, str, float]]:
 
     The rate is the best one (of seed 0) of the method that they change.
     """
-    for question, entries in ablations(SETTINGS[study.setting]).items():
+    for question, entries in ablations(study.setting).items():
         for label, (name, words) in entries.items():
             method = METHODS[name]
             if (best := study.best(method, 1)) is not None:
@@ -261,23 +259,23 @@ def planned(study: Study) -> Iterator[tuple[str, str, str, float]]:
 def answers(study: Study) -> dict[str, dict[str, dict[str, Any]]]:
     """The rows of the ablations by question and label, of several rates that of the lowest loss.
 
-    A row is that of seed 0, with `losses`, those of all its seeds from 0 on, and with the rates
-    that were `tried`.
+    A row is that of seed 0, with `losses`, those of its seeds from 0 on as far as all of its rates
+    have them, by whose mean the rate is chosen, and with the rates that were `tried`.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    tried = collections.defaultdict(list)
+    rates = collections.defaultdict(list)
     for question, label, words, rate in planned(study):
-        row, rows = study.get(words, rate, 0), found.setdefault(question, {})
-        rates = tried[question, label]
-        if row is not None:
-            rates.append(row["rate"])
-        if row is not None and (label not in rows or _loss(row) < _loss(rows[label])):
-            seeds = itertools.takewhile(
-                bool, (study.get(words, rate, s) for s in itertools.count())
-            )
-            losses = [_loss(other) for other in seeds]
-            rows[label] = {**row, "losses": losses, "tried": rates}
-    return {question: rows for question, rows in found.items() if rows}
+        seeds = (study.get(words, rate, seed) for seed in itertools.count())
+        if rows := list(itertools.takewhile(bool, seeds)):
+            rates[question, label].append(rows)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for (question, label), runs in rates.items():
+        count = min(map(len, runs))
+        losses = [[_loss(row) for row in rows[:count]] for rows in runs]
+        best = int(np.argmin(np.mean(losses, axis=1)))
+        tried = [rows[0]["rate"] for rows in runs]
+        row = {**runs[best][0], "losses": losses[best], "tried": tried}
+        found.setdefault(question, {})[label] = row
+    return found
 
 
 def _loss(row: dict[str, Any]) -> float:
@@ -358,12 +356,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = ("methods", "others", *ablations(SETTINGS["cpu"]))
     parser.add_argument("--setting", choices=SETTINGS, default="cpu")
+    parser.add_argument("--data", metavar="WORDS", help="words of `python -m train` on the text")
     parser.add_argument("--questions", nargs="+", choices=[*known, "all"], default=["methods"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="a file of JSON lines")
     parser.add_argument("--report", action="store_true", help="print the tables, run nothing")
     args = parser.parse_args()
-    study = Study(args.out or RESULTS / f"convergence-{args.setting}.jsonl", args.setting)
+    setting = SETTINGS[args.setting]
+    if args.data:
+        setting = setting._replace(words=f"{setting.words} {args.data}")
+    elif args.setting == "gpu":
+        parser.error(
+            "--setting gpu trains on 66 million tokens a run, which the embedded corpus has not: "
+            "name a text, as in --data \"--data.path 'c4-train.*.json.gz'\""
+        )
+    study = Study(args.out or RESULTS / f"convergence-{args.setting}.jsonl", setting)
     if not args.report:
         run_all(study, known if "all" in args.questions else args.questions, args.seeds)
     print(tables(study, args.seeds))

@@ -21,6 +21,9 @@ from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projected import SourceBasis, found_at_source, is_projected
 from optax_subspace._projection import compute_dtype, project, to_matrices
 from optax_subspace._projection_state import (
+    LOOK_EVERY,
+    NEVER,
+    UNLESS_LOST,
     LeafBasis,
     ProjectionState,
     check_state,
@@ -40,7 +43,6 @@ from optax_subspace._refresh import (
 
 MOMENTS = ("keep", "project", "reset")
 
-_NEVER = np.iinfo(np.int32).max
 # Of the share r / m that a random basis holds: below that part the gradient has left the basis.
 _LOST = 0.1
 # The name of the function below in traced programs.
@@ -299,7 +301,7 @@ class Subspace:
             still = ~initial & (overlap >= rule.cosine**2)
             period = jnp.where(still, jnp.minimum(2 * period, rule.longest), 1)
         if rule.every is None:
-            due_next = jnp.full_like(old.due, _NEVER)
+            due_next = jnp.full_like(old.due, NEVER if rule.follow is None else UNLESS_LOST)
         else:
             early = 0 if offset is None else np.floor(offset * rule.every).astype(np.int32)
             due_next = old.age + rule.every * period - jnp.where(initial, early, 0)
@@ -343,7 +345,7 @@ class Subspace:
             sides.append(follow(rule, plan, moves, matrices, side, coordinates, old, state, rotate))
         done, overlap, turn = joined(sides)
         # A rule that sees the gradient through its basis alone can't find one that has left it:
-        # such a leaf begins anew with the next gradient. (One of zeros has not left.)
+        # such a leaf begins anew before long. (One of zeros has not left.)
         lost = [
             (s.energy < _LOST * shape[-1] / shape[-2]) & (s.energy != NO_GRADIENT)
             for s, shape in zip(sides, plan.basis_shapes, strict=True)
@@ -351,7 +353,11 @@ class Subspace:
         followed = basis._replace(
             bases=tuple(s.basis for s in sides),
             rule=tuple(s.rule for s in sides),
-            due=jnp.where(functools.reduce(jnp.logical_or, lost), basis.age, basis.due),
+            due=jnp.where(
+                functools.reduce(jnp.logical_or, lost),
+                -(-basis.age // LOOK_EVERY) * LOOK_EVERY,
+                basis.due,
+            ),
             drift=jnp.where(done, 1 - overlap, basis.drift),
         )
         return followed, turn if rotate else None

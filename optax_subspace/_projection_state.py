@@ -6,8 +6,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from optax_subspace._leaves import LeafPlan
+
+NEVER = np.iinfo(np.int32).max
+# Of rules that follow: due only if the gradient leaves the basis altogether,
+UNLESS_LOST = NEVER - 1
+# and then at the next age that this divides. (So a step for which no basis is ever due, which is
+# cheaper at the source, can be taken between these.)
+LOOK_EVERY = 10
 
 
 class LeafBasis(NamedTuple):
@@ -18,7 +26,8 @@ class LeafBasis(NamedTuple):
         :class:`Quantized` node if ``projector_dtype`` is a code.
       rule: the projector's own state per side.
       age: int32 ``(*batch,)``, gradients used since the first basis; zero before it.
-      due: int32 ``(*batch,)``, the age at which the projector's ``update`` comes next.
+      due: int32 ``(*batch,)``, the age at which the projector's ``update`` comes next; ``NEVER``,
+        or ``UNLESS_LOST`` for a rule that follows.
       period: int32 ``(*batch,)``, steps between updates in units of the projector's ``every``.
       refreshes: int32 ``(*batch,)``, how often ``update`` has given a new basis.
       drift: float32 ``(*batch,)``, one minus the mean squared cosine of the principal angles

@@ -17,9 +17,22 @@ from optax_subspace._describe import recorded
 from optax_subspace._leaves import LeafPlan, leaf_names
 from optax_subspace._projected import Projected, SourceBasis
 from optax_subspace._projection import compute_dtype
-from optax_subspace._projection_state import LeafBasis, ProjectionState, check_state
-from optax_subspace._source_kernel import SourceKernel
-from optax_subspace._source_product import How, Probe, as_floats, from_floats
+from optax_subspace._projection_state import (
+    LOOK_EVERY,
+    NEVER,
+    UNLESS_LOST,
+    LeafBasis,
+    ProjectionState,
+    check_state,
+)
+from optax_subspace._source_kernel import MARK_DTYPE, SourceKernel, mark
+from optax_subspace._source_product import (
+    How,
+    Probe,
+    as_floats,
+    differentiated_twice,
+    from_floats,
+)
 
 
 def subspace_value_and_grad(
@@ -43,8 +56,10 @@ def subspace_value_and_grad(
 
     ``fun`` is called on parameters in which a stand-in takes the place of each projected kernel; it
     knows ``x @ kernel``, ``kernel.astype`` and :func:`source_dot_general`, also within ``scan``,
-    ``vmap`` and ``jax.checkpoint``, and refuses what would lose its gradient. A kernel that is used
-    several times has the sum of its gradients, and a basis that stands still.
+    ``vmap`` and ``jax.checkpoint``, and refuses what would lose its gradient: other uses, functions
+    that go through all of the parameters, derivatives within the loss that depend on the kernel. A
+    kernel that is used several times, as by a loop over parts of the batch, would find a basis for
+    each: it is skipped at every step, and counted.
 
     Args:
       fun: ``(params, *args) -> loss``, or ``(loss, aux)`` with ``has_aux``.
@@ -60,7 +75,7 @@ def subspace_value_and_grad(
       :class:`Projected` leaves; ``tx.update(gradients, state, params, source=source)`` takes both.
 
     Raises:
-      TypeError: a kernel is used in another way than above.
+      TypeError: a kernel is used in another way than above, or differentiated twice.
       ValueError: at the call, ``state`` is not of ``tx``, or a rule asks for what the source cannot
         give (the gradient's norm).
 
@@ -89,7 +104,11 @@ def subspace_value_and_grad(
         parts = at_source.probes, at_source.rest
         loss = lambda *parts: fun(at_source.merge(*parts), *args)
         differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)
-        value, cotangents = differentiate(*parts)
+        try:
+            value, cotangents = differentiate(*parts)
+        except (TypeError, NotImplementedError) as error:
+            at_source.explain(error)
+            raise
         return value, *at_source.collect(*cotangents)
 
     return value_and_grad
@@ -116,6 +135,28 @@ class AtSource:
         """The parameters' tree, with the stand-ins."""
         put = lambda name: dataclasses.replace(self._kernels[name], probe=probes[name])
         return self._tree(lambda name: put(name) if name in probes else rest[name])
+
+    def explain(self, error: Exception) -> None:
+        """Raises what an error of JAX means where it met a stand-in."""
+        names, said = ", ".join([*self._kernels][:5]), str(error)
+        names += ", ..." * (len(self._kernels) > 5)
+        # (Methods of random keys, and forward mode through a custom derivative.)
+        if "custom_lin" in said:
+            raise differentiated_twice(names) from error
+        if MARK_DTYPE in said or "abstract method" in said:
+            raise TypeError(
+                "the loss goes through the leaves of all parameters, as a norm of them does or a "
+                f"cast, and {names} are projected at the source, where their gradient is that of "
+                "x @ kernel alone: leave them out of it (weight_decay= of the optimizer is what an "
+                "L2 norm is for, kernel.astype casts one kernel), or project afterwards"
+            ) from error
+        if SourceKernel.__name__ in said:
+            raise TypeError(
+                f"the loss uses one of {names} in another way than x @ kernel or "
+                "source_dot_general, and they are projected at the source, where their gradient is "
+                f"known for these alone ({said.splitlines()[0]}): change the layer, or leave "
+                "the parameter at full rank by a rule of None"
+            ) from error
 
     def collect(
         self, probes: dict[str, Probe], rest: dict[str, Any]
@@ -149,7 +190,8 @@ def steps_to_refresh(state: optax.OptState) -> jax.Array:
     """How many steps can go by before a basis is due, an int32 scalar; 0 if one is now.
 
     A lower bound, since a leaf that is skipped takes its next basis later: read it after each
-    refresh and again when that many steps are done.
+    refresh and again when that many steps are done. For rules that follow it is below ten: where a
+    gradient has left the basis, one is due at the next age of the leaf that ten divides.
 
     Args:
       state: of a transformation of this library, chained, masked or wrapped.
@@ -168,15 +210,20 @@ def steps_to_refresh(state: optax.OptState) -> jax.Array:
     """
     is_projection = lambda x: isinstance(x, ProjectionState)
     nodes = jax.tree.leaves(without_variables(state), is_leaf=is_projection)
-    largest = jnp.int32(jnp.iinfo(jnp.int32).max)
     left = [
-        jnp.min(jnp.where(leaf.due == largest, largest, leaf.due - leaf.age))
+        jnp.min(
+            jnp.where(
+                leaf.due == UNLESS_LOST,
+                -leaf.age % LOOK_EVERY,
+                jnp.where(leaf.due == NEVER, NEVER, leaf.due - leaf.age),
+            )
+        )
         for node in filter(is_projection, nodes)
         if isinstance(node.leaves, dict)
         for leaf in node.leaves.values()
         if leaf.due.size
     ]
-    return jnp.maximum(jnp.min(jnp.stack([*left, largest])), 0)
+    return jnp.maximum(jnp.min(jnp.stack([*left, jnp.int32(NEVER)])), 0)
 
 
 def _projections(
@@ -240,4 +287,4 @@ def _kernel(
         uses=per_slice,
     )
     due = (leaf.age >= leaf.due) & (first | (leaf.refreshes == 0))
-    return SourceKernel(weight, leaf.bases, leaf.rule, due, probe, how)
+    return SourceKernel(weight, leaf.bases, leaf.rule, due, probe, mark(plan.batch_shape), how)

@@ -10,6 +10,18 @@ import jax.numpy as jnp
 
 from optax_subspace._source_product import How, Probe, Settings, product
 
+# What errors of JAX call the dtype of a mark.
+MARK_DTYPE = "key<fry>"
+
+
+def mark(shape: tuple[int, ...]) -> jax.Array:
+    """Random keys, with which no function computes that takes all leaves of a tree for numbers.
+
+    (A stand-in has to be a tree of arrays, for ``scan`` and ``vmap``. A norm of all leaves would
+    take its bases into the loss, and lose its gradient.)
+    """
+    return jax.random.wrap_key_data(jnp.zeros((*shape, 2), jnp.uint32), impl="threefry2x32")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +37,19 @@ class SourceKernel:
       rules: the rule's state of each side.
       due: boolean ``(*batch,)``, the slices whose basis is found anew.
       probe: see :class:`Probe`.
+      mark: see :func:`mark`.
       how: see :class:`How`.
     """
+
+    # NumPy arrays leave x @ kernel to it.
+    __array_ufunc__ = None
 
     weight: jax.Array
     bases: tuple[Any, ...]
     rules: tuple[Any, ...]
     due: jax.Array
     probe: Probe
+    mark: jax.Array
     how: How = dataclasses.field(metadata={"static": True})
 
     @property
@@ -53,6 +70,7 @@ class SourceKernel:
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """``x @ kernel``, ``(..., m) -> (..., n)``."""
+        x = jnp.asarray(x)
         if self.how.reduction != (0,) or self.how.output != (1,):
             raise self._unknown("x @ kernel, whose reduction axis is 0 and output axis 1")
         return source_dot_general(x, self, (((x.ndim - 1,), (0,)), ((), ())))
@@ -112,12 +130,19 @@ def source_dot_general(
         return jax.lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, **options
         )
+    lhs = jnp.asarray(lhs)
+    if rhs.ndim != len(rhs.how.reduction) + len(rhs.how.output):
+        raise rhs._unknown("all slices at once: jax.vmap or jax.lax.scan take them one by one")
     (left, right), (left_batch, right_batch) = dimension_numbers
     left, right = tuple(a % lhs.ndim for a in left), tuple(a % rhs.ndim for a in right)
     how = rhs.how
     given = [name for name, value in options.items() if value is not None]
     if left_batch or right_batch or set(right) != set(how.reduction) or given:
         raise rhs._unknown(f"dot_general over its axes {right} with batch axes {right_batch}")
+    if [lhs.shape[a] for a in left] != [rhs.shape[a] for a in right]:
+        raise rhs._unknown(
+            f"an array of shape {lhs.shape} contracted over its axes {left} with the axes {right}"
+        )
     # (..., m), with the contracted axes in the order of the kernel's reduction axes.
     free = [a for a in range(lhs.ndim) if a not in left]
     contracted = [left[right.index(a)] for a in how.reduction]

@@ -86,21 +86,81 @@ def _forward(settings, x, weight, aux, probe):
         kept = _narrow(x, left)
     else:
         kept = x
-    # (Of the probe nothing but its shapes is read.)
-    return out, (kept, weight, aux, probe)
+    # (Of the probe nothing but its shapes is read. No number of `x` tells its dtype.)
+    return out, (kept, weight, aux, probe, x[:0])
 
 
 def _backward(settings, saved, dy):
-    kept, weight, aux, probe = saved
+    kept, weight, aux, probe, like = saved
     dx = jnp.dot(
         dy, weight.T, precision=settings.precision, preferred_element_type=settings.preferred
     )
-    found = _found(settings, kept, dy, aux, probe)
-    x_dtype = weight.dtype if settings.keeps_coordinates else kept.dtype
-    return dx.astype(x_dtype), None, None, found
+    dx = _once(settings.how, dx.astype(like.dtype), probe.uses)
+    return dx, None, None, _finder(settings)(kept, dy, aux, probe)
 
 
 product.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _once(how: How, dx: jax.Array, uses: jax.Array) -> jax.Array:
+    """``dx``, which depends on the kernel: that dependence would go unnoticed."""
+    del how, uses
+    return dx
+
+
+def differentiated_twice(paths: str) -> TypeError:
+    return TypeError(
+        f"the loss holds a derivative (a gradient penalty, say) that depends on {paths}, projected "
+        "at the source, where the gradient is that of x @ kernel alone: leave it at full rank by a "
+        "rule of None, or project afterwards"
+    )
+
+
+def _refuse(how, *arguments):
+    del arguments
+    raise differentiated_twice(how.path)
+
+
+# (Called where a backward pass is itself differentiated.)
+_once.defvjp(_refuse, _refuse)
+
+
+def _finder(settings: Settings) -> Any:
+    """``_found`` with rules of its own under ``vmap``.
+
+    Examples that go through one kernel one by one are more tokens of it: each alone would find
+    another basis. Several kernels are worked on at once, or where bases may be due one by one, so
+    that no more than one gradient is formed.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def find(*arguments: Any) -> Any:  # with an axis of kernels in front
+        one = lambda of: _found(settings, *of)
+        if arguments[0].shape[0] == 1:
+            found = one(jax.tree.map(lambda x: x[0], arguments))
+            return jax.tree.map(lambda x: x[None], found)
+        return jax.lax.map(one, arguments) if settings.how.refresh else jax.vmap(one)(arguments)
+
+    @find.def_vmap
+    def _(size: int, batched: Any, *arguments: Any) -> Any:
+        whole = lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape))
+        kernels = any(jax.tree.leaves(batched[2:]))
+        if kernels:
+            arguments = jax.tree.map(whole, arguments, tuple(batched))
+            found = find(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arguments))
+            found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
+        else:
+            ends = jax.tree.map(whole, arguments[:2], tuple(batched[:2]))
+            ends = (x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1]) for x in ends)
+            found = find(*ends, *arguments[2:])
+        return found, jax.tree.map(lambda _: kernels, found)
+
+    def alone(*arguments: Any) -> Any:
+        found = find(*jax.tree.map(lambda x: x[None], arguments))
+        return jax.tree.map(lambda x: x[0], found)
+
+    return alone
 
 
 def _found(settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe) -> Probe:

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from benchmarks import _methods, convergence
-from benchmarks.convergence import METHODS, OTHERS, Method, Run, Study, words_of
+from benchmarks.convergence import METHODS, OTHERS, SETTINGS, Method, Run, Study, words_of
 from tests.train_helpers import TINY, write_text
 from train.cli import main, parse
 from train.records import read
@@ -30,7 +30,7 @@ class Valley:
 def study(tmp_path, monkeypatch):
     monkeypatch.setattr(convergence, "Runner", Valley)
     monkeypatch.setattr(Valley, "made", [])
-    return Study(tmp_path / "results.jsonl", "cpu")
+    return Study(tmp_path / "results.jsonl", SETTINGS["cpu"])
 
 
 def test_rates_are_added_until_the_best_one_is_inside(study):
@@ -40,7 +40,7 @@ def test_rates_are_added_until_the_best_one_is_inside(study):
     assert rate == 0.032 and losses == pytest.approx([0, 0.1])
     study.sweep("Fira", Method(OTHERS["Fira"].words, (0.064, 0.128, 1.0)), 1)
     assert study.best(OTHERS["Fira"], 1)[0] == 0.032
-    assert study.get(words_of("cpu", OTHERS["Fira"].words), 1.0, 0)["loss"] is None
+    assert study.get(words_of(study.setting, OTHERS["Fira"].words), 1.0, 0)["loss"] is None
 
 
 def test_a_study_goes_on_where_it_was_stopped(study):
@@ -48,7 +48,7 @@ def test_a_study_goes_on_where_it_was_stopped(study):
     study.sweep("GaLore", method, 1)
     lines = study.path.read_text().splitlines()
     Valley.made.clear()
-    again = Study(study.path, "cpu")
+    again = Study(study.path, study.setting)
     again.sweep("GaLore", method, 2)
     assert [(rate, seed) for _, rate, seed in Valley.made] == [(r, 1) for r in method.rates]
     assert study.path.read_text().splitlines()[: len(lines)] == lines
@@ -72,8 +72,8 @@ def test_ablations_that_are_repeated_keep_their_rate(study):
     convergence.run_all(study, ["refresh period", "rank"], 3)
     made = {(words, seed) for words, _, seed in Valley.made}
     assert {rate for _, rate, _ in Valley.made} == {0.032}
-    every = words_of("cpu", METHODS["GaLore"].words, "--optimizer.every 10")
-    rank = words_of("cpu", METHODS["GaLore"].words, "--optimizer.rank 8")
+    every = words_of(study.setting, METHODS["GaLore"].words, "--optimizer.every 10")
+    rank = words_of(study.setting, METHODS["GaLore"].words, "--optimizer.rank 8")
     assert {(every, 0), (every, 1), (every, 2), (rank, 0)} <= made and (rank, 1) not in made
     row = convergence.answers(study)["refresh period"]["GaLore, every 10"]
     assert row["seed"] == 0 and row["losses"] == pytest.approx([0, 0.1, 0.2])
@@ -81,7 +81,7 @@ def test_ablations_that_are_repeated_keep_their_rate(study):
 
 
 def test_all_words_are_the_trainers():
-    for setting, found in convergence.SETTINGS.items():
+    for setting in SETTINGS.values():
         for method in convergence.all_methods().values():
             words = words_of(setting, method.words)
             command = parse(shlex.split(Run(words, 0.01, 1).arguments))
@@ -91,9 +91,23 @@ def test_all_words_are_the_trainers():
                 command.config.lora.learning_rate,
             )
             assert len(method.rates) >= 5
-        for entries in convergence.ablations(found).values():
+        for entries in convergence.ablations(setting).values():
             for name, words in entries.values():
                 parse(shlex.split(words_of(setting, METHODS[name].words, words)))
+
+
+def test_the_large_setting_wants_a_text(monkeypatch, tmp_path, capsys):
+    out = ["--setting", "gpu", "--report", "--out", str(tmp_path / "results.jsonl")]
+    monkeypatch.setattr("sys.argv", ["convergence", *out])
+    with pytest.raises(SystemExit):
+        convergence.main()
+    assert "name a text, as in --data" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["convergence", *out, "--data", "--data.path 'a b.json.gz'"])
+    convergence.main()
+    setting = SETTINGS["gpu"]
+    words = words_of(setting._replace(words=f"{setting.words} --data.path 'a b.json.gz'"))
+    assert "--data.path 'a b.json.gz' --train.batch_size" in words
+    assert parse(shlex.split(words)).config.data.path == "a b.json.gz"
 
 
 @pytest.mark.parametrize(
@@ -119,9 +133,8 @@ def test_a_run_is_that_of_the_command_that_it_writes(words, tmp_path, monkeypatc
     tiny["--data.cache_dir"] = str(tmp_path / "cache")
     base = " ".join(f"{key} {value}" for key, value in tiny.items())
     setting = _methods.Setting(base, 4, steps, batch_size, length)
-    monkeypatch.setitem(convergence.SETTINGS, "cpu", setting)
-    study = Study(tmp_path / "results.jsonl", "cpu")
-    row = study.run("", words_of("cpu", words), 0.02, 3)
+    study = Study(tmp_path / "results.jsonl", setting)
+    row = study.run("", words_of(setting, words), 0.02, 3)
     command = shlex.split(row["command"])
     assert command[:3] == ["python", "-m", "train"]
     assert main([*command[3:], "--run_dir", str(tmp_path / "run")]) == 0

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import optax_subspace as osub
+from optax_subspace._projection_state import LOOK_EVERY
 from tests import trees
 
 STACK = [("stack", osub.MatrixSpec(1, 2))]
@@ -361,7 +362,7 @@ def test_a_gradient_that_leaves_the_basis_is_found_again(rule):
     state, update = tx.init({"w": first}), jax.jit(tx.update)
     for _ in range(2):
         _, state = update({"w": first}, state)
-    for _ in range(3):
+    for _ in range(LOOK_EVERY - 1):
         updates, state = update({"w": then}, state)
     kept = jnp.sum(updates["w"] ** 2, axis=(1, 2)) / jnp.sum(then**2, axis=(1, 2))
     assert (kept > 0.9).all()
@@ -392,7 +393,7 @@ def test_moments_of_a_follower_that_begins_anew_turn_too(rule):
     upper = {"w": jnp.zeros((8, 16)).at[:4].set(draw(0))}
     lower = {"w": jnp.zeros((8, 16)).at[4:].set(draw(1))}
     update, state = jax.jit(tx.update), tx.init(upper)
-    for gradient in [upper] * 5 + [lower] * 2:
+    for gradient in [upper] * (LOOK_EVERY - 1) + [lower] * 2:
         _, state = update(gradient, state)
     leaf = state.projection.leaves["w"]
     assert int(leaf.refreshes) == 2

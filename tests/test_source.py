@@ -95,7 +95,12 @@ def assert_close(ours, theirs, tolerance=1e-5):
         assert distance <= tolerance * jnp.linalg.norm(jnp.ravel(b)), (path, distance)
 
 
-FAST = {("svd", "left"), ("subspace_iteration", "right"), ("online_pca", "both")}
+FAST = {
+    ("svd", "left"),
+    ("subspace_iteration", "right"),
+    ("online_pca", "both"),
+    ("history_pca", "left"),
+}
 
 
 @pytest.mark.parametrize(
@@ -209,15 +214,39 @@ def test_no_gradient_is_formed(remat):
         )
         return lowered.compile().as_text()
 
-    # A product that gives one of these shapes is a weight's gradient.
-    shapes = tuple(f"f32[{m},{n}]" for m, n in ((width, hidden), (hidden, width), (width, width)))
+    # A product whose shape ends so is a weight's gradient, or those of several.
+    shapes = tuple(f"{m},{n}]" for m, n in ((width, hidden), (hidden, width), (width, width)))
 
     def results(text):
         made = [line.split(" = ")[1] for line in text.splitlines() if " dot(" in line]
-        return [shape for shape in made if shape.startswith(shapes)]
+        shaped = [shape.partition("{")[0].partition(" ")[0] for shape in made]
+        return {shape for shape in shaped if shape.endswith(shapes)}
 
     assert not results(program(False))
-    assert results(program(True))
+    # One gradient at a time, of layers in a scan and of experts under vmap.
+    assert results(program(True)) == {f"f32[{shape}" for shape in shapes}
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [("svd", "left"), ("subspace_iteration", "right"), ("history_pca", "both")]
+)
+def test_examples_one_by_one_are_a_batch(name, side):
+    """Under `vmap` one kernel finds one basis, by all examples."""
+    params = kernels(a=(12, 20), b=(20, 6))
+    one = lambda p, x: jnp.sum((jnp.tanh(x @ p["a"]) @ p["b"]) ** 2)
+    x = jax.random.normal(jax.random.key(0), (8, 4, 12))
+    tx = osub.scale_by_subspace(optax.trace(0.9), rank=3, side=side, projector=PROJECTORS[name]())
+    nested = lambda p, x: jnp.mean(jax.vmap(jax.vmap(one, (None, 0)), (None, 0))(p, x))
+    assert_close(*both_ways(tx, nested, params, x))
+    # Through a layer for all examples, and experts with examples each.
+    experts = kernels(e=(3, 12, 12))
+    mixed = lambda p, x: jnp.mean(
+        jax.vmap(lambda x: jax.vmap(lambda k: jnp.tanh(x @ k))(p["e"]))(x) ** 2
+    )
+    rules = [("e", MatrixSpec(-2, -1))]
+    rule = PROJECTORS[name]()
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, side=side, projector=rule, rules=rules)
+    assert_close(*both_ways(tx, mixed, experts, x))
 
 
 def test_less_of_the_activations_is_kept():
@@ -287,6 +316,9 @@ def test_what_would_lose_its_gradient_is_refused():
     params, x = kernels(a=(12, 20)), jnp.ones((8, 12))
     tx = osub.galore(0.1, 3)
     state = tx.init(params)
+    kernel, stack = kernels(h=(3, 8, 10)), kernels(e=(2, 12, 20))
+    heads = osub.galore(0.1, 3, rules=[("h", MatrixSpec((0, 1), 2))])
+    experts = osub.galore(0.1, 3, rules=[("e", MatrixSpec(-2, -1))])
     run = lambda fun, tx=tx, **more: osub.subspace_value_and_grad(fun, tx)(
         params, tx.init(params), x
     )
@@ -300,8 +332,34 @@ def test_what_would_lose_its_gradient_is_refused():
     ):
         with pytest.raises(TypeError, match=r"parameter a of shape \(12, 20\).*rule of None"):
             run(fun)
-    with pytest.raises(TypeError, match="SourceKernel"):
-        run(lambda p, x: jnp.sum(jnp.sin(p["a"])))
+    for fun in (
+        lambda p, x: jnp.sum(jnp.sin(p["a"])),
+        lambda p, x: jnp.sum(jnp.dot(x, p["a"])),
+        lambda p, x: jnp.sum(p["a"] * 2),
+    ):
+        with pytest.raises(TypeError, match="the loss uses one of a in another way.*SourceKernel"):
+            run(fun)
+    for fun in (
+        lambda p, x: jnp.sum(x @ p["a"]) + optax.tree.norm(p, squared=True),
+        lambda p, x: jnp.sum(x @ p["a"]) + sum(jnp.sum(w**2) for w in jax.tree.leaves(p)),
+        lambda p, x: jnp.sum(x @ jax.tree.map(lambda w: w.astype(jnp.bfloat16), p)["a"]),
+    ):
+        with pytest.raises(TypeError, match="leaves of all parameters.*and a are projected"):
+            run(fun)
+    slope = lambda p, x: jax.grad(lambda x: jnp.sum(jnp.sin(x @ p["a"])))(x)
+    with pytest.raises(TypeError, match="a derivative .* that depends on a"):
+        run(lambda p, x: jnp.sum(slope(p, x) ** 2))
+    with pytest.raises(TypeError, match="a derivative .* that depends on a"):
+        run(lambda p, x: jnp.sum(jax.jvp(lambda x: x @ p["a"], (x,), (x,))[1]))
+    swapped = (((1, 2), (0, 1)), ((), ()))
+    with pytest.raises(TypeError, match=r"an array of shape \(4, 8, 3\) contracted over"):
+        osub.subspace_value_and_grad(
+            lambda p, x: jnp.sum(osub.source_dot_general(x, p["h"], swapped)), heads
+        )(kernel, heads.init(kernel), jnp.ones((4, 8, 3)))
+    with pytest.raises(TypeError, match=r"not for all slices at once: jax.vmap"):
+        osub.subspace_value_and_grad(lambda p, x: jnp.sum(x @ p["e"]), experts)(
+            stack, experts.init(stack), jnp.ones((2, 4, 12))
+        )
     fun = lambda p, x: jnp.sum(x @ p["a"])
     _, gradients, source = run(fun)
     with pytest.raises(ValueError, match="parameter a: .*source=source"):
@@ -325,6 +383,28 @@ def test_a_kernel_that_is_used_twice_is_skipped_and_counted():
     updates, state = tx.update(gradients, state, params, source=source)
     assert float(source["a"].uses) == 2
     assert not jnp.any(updates["a"]) and int(state[0].projection.skipped["a"]) == 1
+
+
+@pytest.mark.parametrize("rule", [osub.history_pca(), osub.online_pca(), osub.oja()])
+def test_a_basis_that_has_lost_its_gradient_is_found_anew(rule):
+    """At the same step as afterwards, with a step that does not refresh in between."""
+    tx = osub.scale_by_subspace(optax.identity(), rank=2, projector=rule, side="left")
+    params = {"w": jax.random.normal(jax.random.key(0), (16, 12))}
+    fun = lambda p, x: jnp.mean(jnp.sin(x @ p["w"]))
+    steps = {r: jax.jit(osub.subspace_value_and_grad(fun, tx, refresh=r)) for r in (True, False)}
+    ours, theirs, left, refreshed = tx.init(params), tx.init(params), 0, []
+    for i in range(24):
+        # Inputs, and with them gradients, move to other directions.
+        x = jax.random.normal(jax.random.key(i), (32, 16)).at[:, 8:].set(0)
+        x = x if i < 14 else jnp.roll(x, 8, axis=1)
+        _, gradients, source = steps[left == 0](params, ours, x)
+        a, ours = tx.update(gradients, ours, params, source=source)
+        b, theirs = tx.update(jax.grad(fun)(params, x), theirs, params)
+        left = left - 1 if left else int(osub.steps_to_refresh(ours))
+        assert_close(a, b, 1e-4)
+        refreshed.append(int(ours.projection.leaves["w"].refreshes))
+    assert refreshed == [1] * 20 + [2] * 4
+    assert int(theirs.projection.leaves["w"].refreshes) == 2
 
 
 def test_aux_and_steps_to_refresh():
