@@ -16,7 +16,7 @@ import pytest
 from models import sharding
 from models.lora import LoraKernel
 from tests.train_helpers import ROOT, host_devices, pair, write_text
-from train import launch, mesh, placement, step
+from train import launch, mesh, placement, source, step
 from train.cli import parse
 from train.config import MeshConfig
 from train.errors import UsageError
@@ -73,6 +73,8 @@ def begin(words, devices, data=None, fsdp=None):
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     # (Rounding at random would draw other numbers where sums differ in their last bit.)
     run = step.make_train_step(config.model, optimizer, None, fused, work, shardings)
+    if config.train.project_at_source:
+        run = source.SourceSteps(*source.jitted_steps(config, optimizer, fused, work, shardings))
     initial = jax.jit(first, out_shardings=shardings)
     return run, shapes, initial, work, step.make_eval_step(config.model, work)
 
@@ -121,6 +123,22 @@ print(json.dumps(found))
 """
 
 
+AT_SOURCE = {
+    "galore": [*GALORE, "--train.project_at_source"],
+    "osd micro": [
+        *["--optimizer.name", "online_subspace_descent", "--optimizer.clip_norm", "None"],
+        *["--optimizer.rank", "4", "--optimizer.eps", "1e-3", "--train.project_at_source", *MICRO],
+    ],
+}
+SOURCE = """
+import json, jax
+from tests.test_train_mesh import AT_SOURCE, train
+
+losses = lambda words: [train(words, jax.devices()[:n], n)[0] for n in (1, 8)]
+print(json.dumps({name: losses(words) for name, words in AT_SOURCE.items()}))
+"""
+
+
 def check(found, tolerance=1e-5):
     for case, result in found.items():
         if case not in CASES:
@@ -151,6 +169,26 @@ def test_every_kind_of_step_gives_the_same_losses():
         parts = everything[case]["parts"]
         codes = {p: x for p, x in parts.items() if p.endswith(("dynamic", "linear"))}
         assert codes and all(np.prod(own) < np.prod(all_) for all_, own in codes.values()), codes
+
+
+@pytest.mark.slow
+def test_gradients_projected_at_the_source_are_those_of_one_device():
+    for name, (alone, split) in on_eight_devices(SOURCE).items():
+        np.testing.assert_allclose(split, alone, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("words", "grid", "message"),
+    [
+        ([], (2, 4), "--mesh.fsdp 4: kernels that are split over devices"),
+        ([FUSED, "--model.remat"], (8, 1), "it runs on one device, and here are 8"),
+    ],
+)
+def test_meshes_that_the_source_does_not_know_are_refused(words, grid, message):
+    words = [*SMALL, *GALORE, "--optimizer.clip_norm", "None", "--train.project_at_source", *words]
+    devices = jax.sharding.AbstractMesh(grid, ("data", "fsdp"))
+    with pytest.raises(UsageError, match=message):
+        source.check(parse(words).config, mesh.Mesh(devices))
 
 
 def test_state_of_a_split_weight_is_split(found):
