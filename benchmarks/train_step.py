@@ -56,9 +56,9 @@ def methods(rank: int, every: int) -> dict[str, Method]:
         "AdamW, stacked": Method(optax.adamw(RATE), "AdamW"),
         "optax.contrib.galore": Method(peer, "afterwards", stacked=False, refreshes=True),
         "GaLore, afterwards": Method(galore, "afterwards", refreshes=True),
-        "GaLore, at the source": Method(galore, "GaLore", True, refreshes=True),
-        "OSD (history PCA), at the source": Method(follow(osub.history_pca), "OSD", True),
-        "OSD (online PCA), at the source": Method(follow(osub.online_pca), "OSD", True),
+        "GaLore, at the source": Method(galore, "GaLore", at_source=True, refreshes=True),
+        "OSD (history PCA), at the source": Method(follow(osub.history_pca), "OSD", at_source=True),
+        "OSD (online PCA), at the source": Method(follow(osub.online_pca), "OSD", at_source=True),
     }
 
 
