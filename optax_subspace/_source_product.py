@@ -135,26 +135,42 @@ def _finder(settings: Settings) -> Any:
     """
 
     @jax.custom_batching.custom_vmap
-    def find(*arguments: Any) -> Any:  # with an axis of kernels in front
-        one = lambda of: _found(settings, *of)
-        if arguments[0].shape[0] == 1:
-            found = one(jax.tree.map(lambda x: x[0], arguments))
+    def find(*arguments: Any) -> Any:  # an axis of kernels in front, of 1 where all share a value
+        kernels = max(x.shape[0] for x in jax.tree.leaves(arguments))
+        shared = jax.tree.map(lambda x: x.shape[0] == 1, arguments)
+        first = lambda x, same: x[0] if same else x
+        if kernels == 1:
+            found = _found(settings, *jax.tree.map(lambda x: x[0], arguments))
             return jax.tree.map(lambda x: x[None], found)
-        return jax.lax.map(one, arguments) if settings.how.refresh else jax.vmap(one)(arguments)
+        arguments = jax.tree.map(first, arguments, shared)
+        axes = jax.tree.map(lambda same: None if same else 0, shared)
+        if not settings.how.refresh:
+            return jax.vmap(functools.partial(_found, settings), axes)(*arguments)
+        kernel = lambda i: jax.tree.map(lambda x, same: x if same else x[i], arguments, shared)
+        return jax.lax.map(lambda i: _found(settings, *kernel(i)), jnp.arange(kernels))
 
     @find.def_vmap
     def _(size: int, batched: Any, *arguments: Any) -> Any:
-        whole = lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape))
-        kernels = any(jax.tree.leaves(batched[2:]))
-        if kernels:
-            arguments = jax.tree.map(whole, arguments, tuple(batched))
-            found = find(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arguments))
+        several = any(jax.tree.leaves(batched[2:]))
+        if several:
+            axis = lambda x, b: x.shape[int(b)]
+            kernels = max(jax.tree.leaves(jax.tree.map(axis, arguments, tuple(batched))))
+
+            def in_front(x: jax.Array, b: bool) -> jax.Array:
+                if axis(x, b) == 1 and not b:
+                    return x
+                full = x if b else x[None]
+                full = jnp.broadcast_to(full, (size, kernels, *full.shape[2:]))
+                return full.reshape(-1, *full.shape[2:])
+
+            found = find(*jax.tree.map(in_front, arguments, tuple(batched)))
             found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
         else:
+            whole = lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape))
             ends = jax.tree.map(whole, arguments[:2], tuple(batched[:2]))
             ends = (x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1]) for x in ends)
             found = find(*ends, *arguments[2:])
-        return found, jax.tree.map(lambda _: kernels, found)
+        return found, jax.tree.map(lambda _: several, found)
 
     def alone(*arguments: Any) -> Any:
         found = find(*jax.tree.map(lambda x: x[None], arguments))

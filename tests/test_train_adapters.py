@@ -17,12 +17,13 @@ from models.config import LlamaConfig
 from models.pretrained import read_header, read_params
 from optax_subspace import QuantizedWeight, dequantize
 from tests.train_helpers import TINY, batch_shapes, finish, host_devices, pair, start, write_text
-from train import flops, memory, relora, runs, step
+from train import flops, gradient, memory, relora, runs, step
 from train.checks import validate
 from train.cli import main
 from train.config import Config, LoraConfig, OptimizerConfig, TrainConfig, resolve
 from train.errors import UsageError
 from train.export import Arguments, export
+from train.mesh import Work
 from train.optimizer import make, warmup_cosine
 
 MODEL = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_heads=2, num_layers=2)
@@ -49,7 +50,7 @@ def begin(adapters, name="adamw", fused=False, int8=False, model=MODEL, micro=No
     options = configuration(adapters, name)
     optimizer = make(options.optimizer, 20, fused, options.lora)
     layerwise = step.make_fused(model, optimizer, 0) if fused else None
-    work = step.Work(micro_batch_size=micro)
+    work = Work(micro_batch_size=micro)
     run = step.make_train_step(model, optimizer, 0, layerwise, work)
     state = jax.jit(lambda key: step.init_state(model, optimizer, key, int8, layerwise))(
         jax.random.key(0)
@@ -110,7 +111,7 @@ class TestFrozenKernels:
         adapters = LoraConfig(rank=4, freeze="kernels")
         state, whole, optimizer = begin(adapters)
         gradients = [
-            step.make_gradient(MODEL, optimizer, step.Work(micro_batch_size=size))
+            gradient.make_gradient(MODEL, optimizer, Work(micro_batch_size=size))
             for size in (None, 2)
         ]
         one, parts = (jax.jit(g)(state.params, pair(WINDOWS[0]))[1] for g in gradients)
@@ -134,9 +135,9 @@ class TestFrozenKernels:
         trained = MODEL.num_params() - kernels + adapters
         moments = [x.size for _, x in leaves if x.size > 2]  # (counts, of a fused step by layer)
         assert sum(moments) == 2 * trained
-        loss, parts = step.make_loss(MODEL, optimizer), llama.pieces(MODEL) if fused else None
+        loss, parts = gradient.make_loss(MODEL, optimizer), llama.pieces(MODEL) if fused else None
         find = lambda size: memory.predict(
-            state, batch_shapes(4, 16), loss, parts, False, "kernels", step.Work(None, size)
+            state, batch_shapes(4, 16), loss, parts, False, "kernels", Work(None, size)
         )
         layer = adapters // 2 + 2 * 32
         assert find(None).gradients == 4 * (max(layer, 96 * 32) if fused else trained)
@@ -291,7 +292,7 @@ class TestFactors:
         state = jax.eval_shape(
             lambda key: step.init_state(MODEL, optimizer, key), jax.random.key(0)
         )
-        found = memory.predict(state, batch_shapes(4, 16), step.make_loss(MODEL, optimizer))
+        found = memory.predict(state, batch_shapes(4, 16), gradient.make_loss(MODEL, optimizer))
         shapes = MODEL.kernel_shapes()
         count = MODEL.num_params() + 2 * sum((m + n) * 6 - m * n for m, n in shapes)
         assert found.weights == found.gradients == 4 * count

@@ -21,7 +21,7 @@ from models import llama
 from models.config import PRESETS
 from optax_subspace import dequantize
 from tests.train_helpers import ROOT, TINY, batch_shapes, finish, pair, start, write_text
-from train import cache, memory, optimizer, records, step
+from train import cache, gradient, memory, optimizer, records, step
 from train.checkpoint import Checkpoints, fingerprint
 from train.config import DEFAULT_LEARNING_RATE, Config, MeshConfig, OptimizerConfig, resolve
 from train.errors import UsageError, no_space
@@ -372,7 +372,7 @@ def test_memory_by_hand():
     size["vocab_size"] = 100
     config, tx, shapes = state_shapes("galore", **size)
     batch = batch_shapes(4, 16)
-    predicted = memory.predict(shapes, batch, step.make_loss(config, tx))
+    predicted = memory.predict(shapes, batch, gradient.make_loss(config, tx))
     d, f, v, layers, r = 32, 48, 100, 2, 8
     kernels = layers * (4 * d * d + 3 * d * f)
     others = 2 * v * d + layers * 2 * d + d
@@ -413,11 +413,11 @@ def test_predicted_temporaries_are_near_the_compilers():
     """At a size where activations are most of them; recomputing blocks keeps fewer."""
     config, tx, shapes = state_shapes("galore", num_layers=3)
     batch = batch_shapes(8, 128)
-    predicted = memory.predict(shapes, batch, step.make_loss(config, tx))
+    predicted = memory.predict(shapes, batch, gradient.make_loss(config, tx))
     compiled = step.make_train_step(config, tx).lower(shapes, batch).compile()
     measured = memory.measure(compiled, shapes)
     assert predicted.temporaries == pytest.approx(measured.temporaries, rel=0.15)
-    rematerialised = step.make_loss(dataclasses.replace(config, remat=True), tx)
+    rematerialised = gradient.make_loss(dataclasses.replace(config, remat=True), tx)
     fewer = memory.predict(shapes, batch, rematerialised)
     assert fewer.activations < predicted.activations / 4
 
@@ -425,7 +425,7 @@ def test_predicted_temporaries_are_near_the_compilers():
 def test_memory_of_adamw_is_adamws():
     config, tx, shapes = state_shapes("adamw", num_layers=1)
     batch = batch_shapes(1, 2)
-    predicted = memory.predict(shapes, batch, step.make_loss(config, tx))
+    predicted = memory.predict(shapes, batch, gradient.make_loss(config, tx))
     assert predicted.optimizer_state == predicted.adamw_state
 
 

@@ -11,7 +11,7 @@ from models import llama, lora
 from models.config import LlamaConfig
 from optax_subspace import QuantizedWeight, dequantize
 from tests.train_helpers import batch_shapes, pair
-from train import memory, step
+from train import gradient, memory, step
 from train.config import Config, LoraConfig, OptimizerConfig, resolve
 from train.optimizer import make
 
@@ -126,7 +126,7 @@ def test_predicted_memory_of_a_fused_step():
             jax.random.key(0),
         )
         parts = llama.pieces(model) if fused else None
-        loss = step.make_loss(model, optimizer)
+        loss = gradient.make_loss(model, optimizer)
         found[fused] = memory.predict(state, batch, loss, parts, remat=True)
         program = step.make_train_step(model, optimizer, None, layerwise)
         compiled[fused] = memory.measure(program.lower(state, batch).compile(), state)
@@ -148,7 +148,7 @@ def test_frozen_weights_have_no_gradients_in_the_prediction(fused):
     state = jax.eval_shape(
         lambda key: step.init_state(MODEL, optimizer, key, fused=layerwise), jax.random.key(0)
     )
-    loss, parts = step.make_loss(MODEL, optimizer), llama.pieces(MODEL) if fused else None
+    loss, parts = gradient.make_loss(MODEL, optimizer), llama.pieces(MODEL) if fused else None
     found = memory.predict(state, batch, loss, parts, False, "all")
     # (32 -> 32 four times, 32 -> 48 twice and back, each through 4, in two layers.)
     adapters = 4 * 4 * (4 * (32 + 32) + 3 * (32 + 48))

@@ -12,7 +12,7 @@ import pytest
 from models import attention, llama
 from models.config import LlamaConfig
 from tests.train_helpers import write_text
-from train import batches, corpus, memory, rows, step
+from train import batches, corpus, gradient, memory, rows, step
 from train.config import Config, DataConfig, OptimizerConfig, resolve
 from train.optimizer import make
 from train.tokenizer import Bytes
@@ -280,7 +280,7 @@ class TestSegments:
         for ours, theirs in zip(*map(jax.tree.leaves, found.values()), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
         # And the segments count: without them the loss is another one.
-        loss = jax.jit(step.make_loss(model, make(options, 20, False)))
+        loss = jax.jit(gradient.make_loss(model, make(options, 20, False)))
         params = params_of(model)
         assert loss(params, batch) != loss(params, batch._replace(segments=None))
 
@@ -296,7 +296,7 @@ class TestSegments:
             memory.predict(
                 state,
                 batches.shapes(DataConfig(segments=segments), 2, 16),
-                step.make_loss(MODEL, optimizer),
+                gradient.make_loss(MODEL, optimizer),
                 llama.pieces(MODEL),
                 remat=True,
             )

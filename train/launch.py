@@ -28,15 +28,11 @@ from train import (
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import Command
 from train.config import Config
+from train.gradient import make_loss
 from train.loop import Trainer
 from train.optimizer import Optimizer, make
 from train.screen import Screen
-from train.step import (
-    State,
-    init_state,
-    make_fused,
-    make_loss,
-)
+from train.step import State, init_state, make_fused
 from train.tokenizer import check_vocabulary
 
 

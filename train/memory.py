@@ -13,8 +13,9 @@ from models import lora
 from models.config import Frozen
 from models.llama import Pieces
 from optax_subspace import dequantize
-from train.mesh import Mesh, Work, local_bytes
-from train.step import ALONE, State, block_input, run_block, without_adapters
+from train.gradient import block_input, run_block
+from train.mesh import ALONE, Mesh, Work, local_bytes
+from train.step import State, without_adapters
 
 # With a schedule, as the trainer runs it.
 _ADAMW = optax.adamw(lambda step: 1e-3)

@@ -84,6 +84,9 @@ class Work(NamedTuple):
         return 1 if self.mesh is None else self.mesh.fsdp
 
 
+ALONE = Work()  # one device, all rows at once
+
+
 def make(config: MeshConfig, devices: Sequence[Any] | None = None, axis: str = "data") -> Mesh:
     """The mesh of the configuration over all devices.
 

@@ -18,18 +18,10 @@ from optax_subspace import (
 )
 from train.config import Config
 from train.errors import UsageError
-from train.mesh import Mesh, Work
+from train.gradient import Weighted, make_loss, micro_batches
+from train.mesh import ALONE, Mesh, Work
 from train.optimizer import Optimizer
-from train.step import (
-    ALONE,
-    Metrics,
-    State,
-    Weighted,
-    everywhere,
-    make_loss,
-    make_train_step,
-    micro_batches,
-)
+from train.step import Metrics, State, everywhere, make_train_step
 
 
 def check(config: Config, mesh: Mesh) -> None:

@@ -1,7 +1,5 @@
 """One training step, one evaluation step, and the state between steps."""
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +22,17 @@ from optax_subspace import (
 )
 from train.batches import Batch
 from train.config import LoraConfig
-from train.mesh import Mesh, Work, over_rows
+from train.gradient import (
+    Weighted,
+    is_divided,
+    make_gradient,
+    make_mean,
+    micro_batches,
+    trained_by,
+    walk,
+)
+from train.mesh import ALONE, Work
 from train.optimizer import Optimizer
-
-ALONE = Work()  # one device, all rows at once
 
 
 class State(NamedTuple):
@@ -46,13 +51,6 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array
     learning_rate: jax.Array
     skipped: jax.Array  # 1 if float16 overflowed, so that the step changed nothing
-
-
-class Weighted(NamedTuple):
-    """A micro-batch of a step that is fused or projects at the source."""
-
-    batch: Batch
-    weight: jax.Array  # (), its share of the step's tokens x the number of micro-batches
 
 
 def init_state(
@@ -113,7 +111,7 @@ def make_fused(
     at_source: bool = False,
 ) -> FusedStep:
     """The model's parts and the optimizer in a fused backward pass over `Batch` or `Weighted`."""
-    trained, parts = _trained(optimizer), walk(model, work)
+    trained, parts = trained_by(optimizer), walk(model, work)
     of_batch = lambda batch: batch.batch if isinstance(batch, Weighted) else batch
 
     def loss(rest: Any, x: Any, batch: Any) -> jax.Array:
@@ -132,138 +130,6 @@ def make_fused(
         loss_scale=LossScale() if model.dtype == "float16" else None,
         seed=seed,
     )
-
-
-class Walk(NamedTuple):
-    """The model in parts, of batches whose rows are split over the devices."""
-
-    embed: Callable[[Any, Batch], Any]  # (rest, batch) -> x
-    block: Callable[[Any, Any], Any]  # (layer, x) -> x
-    # (rest, x, batch) -> (mean nats a token, number of tokens)
-    mean: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
-
-
-def walk(model: LlamaConfig, work: Work = ALONE) -> Walk:
-    """The model as a walk through its layers, for what never holds all of them as arrays."""
-    parts, mesh = llama.pieces(model), work.mesh
-    # Given what it reads alone: a fused step updates the rest at the other end.
-    start, end = ("embed",), ("norm", "embed" if model.tie_embeddings else "head")
-    pick = lambda rest, keys: {key: rest[key] for key in keys}
-    embed = over_rows(mesh, lambda rest, batch: block_input(parts, rest, batch))
-    mean = _over_rows_mean(
-        mesh, lambda part, x, batch: parts.loss(part, x[0], batch.targets, batch.mask)
-    )
-    return Walk(
-        lambda rest, batch: embed(pick(rest, start), batch),
-        over_rows(mesh, lambda layer, x: run_block(parts, layer, x), "layers/"),
-        lambda rest, x, batch: mean(pick(rest, end), x, batch),
-    )
-
-
-def block_input(parts: llama.Pieces, rest: Any, batch: Batch) -> tuple[jax.Array, ...]:
-    """What the blocks hand on: x (B, S, d), and a batch's segments (B, S), if it has any.
-
-    As float32, since the walk takes the cotangent of all that is handed on.
-    """
-    segments = () if batch.segments is None else (batch.segments.astype(jnp.float32),)
-    return parts.embed(rest, batch.inputs), *segments
-
-
-def run_block(parts: llama.Pieces, layer: Any, x: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """One block of what `block_input` begins."""
-    return parts.block(layer, *x), *x[1:]
-
-
-def make_loss(
-    model: LlamaConfig, optimizer: Optimizer, work: Work = ALONE
-) -> Callable[[Any, Batch], jax.Array]:
-    """A function of parameters and a batch: mean nats a token, ()."""
-    definition, trained = llama.graphdef(model), _trained(optimizer)
-    mean = _over_rows_mean(
-        work.mesh,
-        lambda params, batch: llama.merge(definition, params).loss(
-            batch.inputs, batch.targets, batch.mask, batch.segments
-        ),
-    )
-    return lambda params, batch: mean(trained(params), batch)[0]
-
-
-def _over_rows_mean(mesh: Mesh | None, found: Callable[..., Any]) -> Callable[..., Any]:
-    """`found`, which returns a mean and the number of tokens in it, over all devices' rows."""
-    if mesh is None or mesh.size == 1:
-        return found
-
-    def sums(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-        mean, count = found(*arguments)
-        return (mean * count)[None], count[None]
-
-    each = over_rows(mesh, sums)
-
-    def whole(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-        totals, counts = each(*arguments)
-        count = jnp.sum(counts)
-        return jnp.sum(totals) / jnp.maximum(count, 1.0), count
-
-    return whole
-
-
-def make_gradient(
-    model: LlamaConfig, optimizer: Optimizer, work: Work = ALONE
-) -> Callable[[Any, Batch], tuple[jax.Array, Any]]:
-    """A function of parameters, as arrays, and a batch: the mean loss and its gradient.
-
-    Micro-batches are added up in float32, each with its share of the tokens that count.
-    """
-    loss_fn, size = make_loss(model, optimizer, work), work.micro_batch_size
-    gradient = jax.value_and_grad(loss_fn)
-
-    def in_parts(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-        weighted = lambda params, part: loss_fn(params, part.batch) * part.weight
-        parts = micro_batches(batch, size)
-        count = parts.weight.shape[0]
-
-        # What is frozen has no sum, but a zero in its place.
-        labels = lora.labels(params, optimizer.adapters.freeze)
-        is_frozen = jax.tree.map(lambda label: label == "frozen", labels)
-
-        def add(carry: Any, part: Weighted) -> tuple[Any, None]:
-            loss, found = jax.value_and_grad(weighted)(params, part)
-            plus = lambda t, x, frozen: t if frozen else t + x.astype(t.dtype) / count
-            return (carry[0] + loss / count, jax.tree.map(plus, carry[1], found, is_frozen)), None
-
-        def wide(x: jax.Array, frozen: bool) -> jax.Array:
-            return jnp.zeros(() if frozen else x.shape, jnp.promote_types(x.dtype, jnp.float32))
-
-        start = (jnp.float32(0), jax.tree.map(wide, params, is_frozen))
-        (loss, total), _ = jax.lax.scan(add, start, parts)
-        whole = lambda g, p: jnp.broadcast_to(g, p.shape).astype(p.dtype)
-        return loss, jax.tree.map(whole, total, params)
-
-    return lambda params, batch: (in_parts if _is_divided(batch, size) else gradient)(params, batch)
-
-
-def _is_divided(batch: Batch, size: int | None) -> bool:
-    return size is not None and size < batch.inputs.shape[0]
-
-
-def micro_batches(batch: Batch, size: int | None) -> Weighted:
-    """A batch in parts of `size` rows, which divides its own, on a new axis in front.
-
-    Part i has every n-th row from i on, so that rows which are split over devices stay there.
-    """
-    size = size or batch.inputs.shape[0]
-    count = batch.inputs.shape[0] // size
-    cut = lambda x: x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
-    parts = jax.tree.map(cut, batch)
-    if batch.mask is None:
-        return Weighted(parts, jnp.ones(count))
-    tokens = jnp.sum(parts.mask.astype(jnp.float32), axis=(1, 2))
-    return Weighted(parts, tokens * count / jnp.maximum(jnp.sum(tokens), 1.0))
-
-
-def _trained(optimizer: Optimizer) -> Callable[[Any], Any]:
-    """What stops the gradients of weights that are not trained."""
-    return functools.partial(lora.freeze, frozen=optimizer.adapters.freeze)
 
 
 def make_train_step(
@@ -285,7 +151,7 @@ def make_train_step(
         assert fused is not None
         step: Any = fused.step
         carry = state.params, state.opt_state
-        if _is_divided(batch, work.micro_batch_size):
+        if is_divided(batch, work.micro_batch_size):
 
             def one(carry: Any, part: Weighted) -> tuple[Any, Any]:
                 params, opt_state, found = step(carry[0], carry[1], part)
@@ -365,13 +231,7 @@ def make_hamiltonian_step(optimizer: Optimizer, work: Work = ALONE) -> Any:
 
 def make_eval_step(model: LlamaConfig, work: Work = ALONE) -> Any:
     """A jitted function of parameters and a batch: total nats, tokens."""
-    definition, size = llama.graphdef(model), work.micro_batch_size
-    whole = _over_rows_mean(
-        work.mesh,
-        lambda params, batch: llama.merge(definition, params).loss(
-            batch.inputs, batch.targets, batch.mask, batch.segments
-        ),
-    )
+    whole, size = make_mean(model, work), work.micro_batch_size
     parts = walk(model, work)
 
     def mean(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -383,7 +243,7 @@ def make_eval_step(model: LlamaConfig, work: Work = ALONE) -> Any:
         return parts.mean(params, x, batch)
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        if not _is_divided(batch, size):
+        if not is_divided(batch, size):
             loss, count = mean(params, batch)
             return loss * count, count
         parts = micro_batches(batch, size).batch
