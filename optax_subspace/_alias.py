@@ -116,7 +116,7 @@ def galore(
         scale=scale,
         rules=rules,
         projector_dtype=projector_dtype,
-        stagger=bool(stagger),
+        stagger=False if stagger is None else stagger,
         moments=moments,
         seed=0 if seed is None else seed,
     )
@@ -197,7 +197,7 @@ def online_subspace_descent(
         scale=scale,
         rules=rules,
         projector_dtype=projector_dtype,
-        stagger=bool(stagger),
+        stagger=False if stagger is None else stagger,
         moments=moments,
         seed=0 if seed is None else seed,
     )

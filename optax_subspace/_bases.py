@@ -16,7 +16,7 @@ import optax
 from optax_subspace._blocks import dequantize, storage_of, zeros
 from optax_subspace._describe import record, warn_about_rules
 from optax_subspace._handover import LowRankUpdate
-from optax_subspace._leaves import LeafPlan, Rules, check_side
+from optax_subspace._leaves import LeafPlan, Rules, check_scale, check_side
 from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projected import SourceBasis, found_at_source, is_projected
 from optax_subspace._projection import compute_dtype, project, to_matrices
@@ -35,10 +35,12 @@ from optax_subspace._refresh import (
     Refreshed,
     Turn,
     adopt,
+    compiled_alone,
     follow,
     follow_product,
     joined,
     refresh,
+    varying_as,
 )
 
 MOMENTS = ("keep", "project", "reset")
@@ -80,7 +82,11 @@ class Subspace:
         if moments not in MOMENTS:
             raise ValueError(f"moments must be one of {', '.join(MOMENTS)}, got {moments!r}")
         check_count("accumulate", accumulate)
-        self.rank, self.side, self.scale, self.rules = rank, side, scale, rules
+        check_scale("scale", scale)
+        if not isinstance(stagger, bool | np.bool_):
+            raise TypeError(f"stagger must be True or False, got {stagger!r}")
+        self.rank, self.side, self.scale = rank, side, scale
+        self.rules = None if rules is None else tuple(rules)
         self.projector, self.inner = projector, inner
         self.stagger, self.moments, self.accumulate, self.seed = stagger, moments, accumulate, seed
         self.projector_dtype = projector_dtype
@@ -114,14 +120,15 @@ class Subspace:
             nothing: Any = [jnp.zeros([], jnp.int32) for _ in range(3)]
             return ProjectionState(zero, *nothing), plans
         check_unique(plans)
-        leaves = {p.path: self._init_leaf(i, p) for i, p in enumerate(plans) if p.projected}
+        leaves = {p.path: self.init_leaf(p, i) for i, p in enumerate(plans) if p.projected}
         skipped = {p.path: jnp.zeros([], jnp.int32) for p in plans}
         accumulated = {}
         if self.accumulate > 1:
             accumulated = {p.path: jnp.zeros(p.low_shape, compute_dtype(p.dtype)) for p in plans}
         return ProjectionState(zero, leaves, skipped, accumulated), plans
 
-    def _init_leaf(self, index: int, plan: LeafPlan) -> LeafBasis:
+    def init_leaf(self, plan: LeafPlan, index: int = 0) -> LeafBasis:
+        """The state of a leaf without a basis yet; the index of the leaf is for random numbers."""
         rule = plan.projector or self.projector
         if rule.follow is not None and self.moments == "reset":
             raise ValueError(
@@ -173,7 +180,7 @@ class Subspace:
         steps = optax.safe_increment(state.steps)
         if not plans:
             return [], state._replace(steps=steps)
-        check_state(plans, state, self.accumulate)
+        check_state(plans, state, self.accumulate, self.init_leaf)
         offsets = _offsets(plans) if self.stagger else {}
         first, last = None, None
         if self.accumulate > 1:
@@ -183,20 +190,20 @@ class Subspace:
         leaves, skipped, accumulated, handed = {}, {}, {}, []
         low_before = None
         for plan, leaf in zip(plans, leaves_in, strict=True):
-            old, offset = state.leaves.get(plan.path), offsets.get(plan.path)
+            old, early = state.leaves.get(plan.path), self._early(plan, offsets.get(plan.path))
             found = matrices = None
             if is_projected(leaf):
                 found = found_at_source(source, plan)
                 assert old is not None  # check_state has seen to it
                 low = jnp.where(jnp.any(found.uses > 1), jnp.nan, leaf.low)
-                basis, before = self._adopt_leaf(plan, old, found, low, offset)
+                basis, before = self._adopt_leaf(plan, old, found, low, early)
                 bases = tuple(dequantize(b) for b in basis.bases)
             else:
                 leaf = jnp.asarray(leaf)
                 low = leaf.astype(compute_dtype(leaf.dtype))
             if old is not None and found is None:
                 matrices = to_matrices(low, plan)
-                basis, before = self._refresh_leaf(matrices, plan, old, offset, first)
+                basis, before = self._refresh_leaf(plan, matrices, old, early, first)
                 bases = tuple(dequantize(b) for b in basis.bases)
                 if low_before is not None and low_before.size:
                     bases = tuple(in_turn(b, low_before) for b in bases)
@@ -240,12 +247,20 @@ class Subspace:
             handed.append(handed_on)
         return handed, ProjectionState(steps, leaves, skipped, accumulated)
 
+    def _early(self, plan: LeafPlan, offset: np.ndarray | None) -> np.ndarray | None:
+        """The steps by which the first period of each slice is shorter."""
+        every = (plan.projector or self.projector).every
+        if offset is None or every is None:
+            return None
+        return np.floor(offset * every).astype(np.int32)
+
+    @compiled_alone
     def _refresh_leaf(
         self,
-        matrices: jax.Array,
         plan: LeafPlan,
+        matrices: jax.Array,
         old: LeafBasis,
-        offset: np.ndarray | None,
+        early: np.ndarray | None,
         first: jax.Array | None,
     ) -> tuple[LeafBasis, Turn | None]:
         """New bases for the slices that are due, and what that means for the moments."""
@@ -259,21 +274,22 @@ class Subspace:
         due &= jax.lax.cond(
             jnp.any(due),
             lambda: jnp.all(jnp.isfinite(matrices)) & jnp.any(matrices != 0, axis=(-2, -1)),
-            lambda: jnp.zeros_like(due),
+            lambda: varying_as(jnp.zeros_like(due), matrices),
         )
         sides = [
             refresh(rule, plan, due, matrices, side, basis, state, self.moments == "project")
             for side, basis, state in zip(plan.sides, old.bases, old.rule, strict=True)
         ]
-        return self._scheduled(plan, old, sides, offset)
+        return self._scheduled(plan, old, sides, early)
 
+    @compiled_alone
     def _adopt_leaf(
         self,
         plan: LeafPlan,
         old: LeafBasis,
         found: SourceBasis,
         low: jax.Array,
-        offset: np.ndarray | None,
+        early: np.ndarray | None,
     ) -> tuple[LeafBasis, Turn | None]:
         """As ``_refresh_leaf``, with what a backward pass has found."""
         done = found.done & jnp.all(jnp.isfinite(low))
@@ -287,10 +303,10 @@ class Subspace:
                 found.bases, found.rules, old.bases, old.rule, strict=True
             )
         ]
-        return self._scheduled(plan, old, sides, offset)
+        return self._scheduled(plan, old, sides, early)
 
     def _scheduled(
-        self, plan: LeafPlan, old: LeafBasis, sides: list[Refreshed], offset: np.ndarray | None
+        self, plan: LeafPlan, old: LeafBasis, sides: list[Refreshed], early: np.ndarray | None
     ) -> tuple[LeafBasis, Turn | None]:
         """The sides after a refresh, when the next one is due, and the moments' turn."""
         rule = plan.projector or self.projector
@@ -300,22 +316,27 @@ class Subspace:
         if rule.cosine is not None:
             still = ~initial & (overlap >= rule.cosine**2)
             period = jnp.where(still, jnp.minimum(2 * period, rule.longest), 1)
+        latest: Any = NEVER
         if rule.every is None:
             due_next = jnp.full_like(old.due, NEVER if rule.follow is None else UNLESS_LOST)
         else:
-            early = 0 if offset is None else np.floor(offset * rule.every).astype(np.int32)
-            due_next = old.age + rule.every * period - jnp.where(initial, early, 0)
+            due_next = old.age + rule.every * period
+            if early is not None:
+                due_next -= jnp.where(initial, early, 0)
+            # A state may be of a run with a longer period, or of a rule without any.
+            latest = old.age + rule.every * rule.longest
         new = LeafBasis(
             bases=tuple(s.basis for s in sides),
             rule=tuple(s.rule for s in sides),
             age=old.age,
-            due=jnp.where(done, due_next, old.due),
+            due=jnp.where(done, due_next, jnp.minimum(old.due, latest)),
             period=jnp.where(done, period, old.period),
             refreshes=old.refreshes + done.astype(jnp.int32),
             drift=jnp.where(done & ~initial, 1 - overlap, old.drift),
         )
         return new, turn if self.moments != "keep" else None
 
+    @compiled_alone
     def _follow_leaf(
         self,
         plan: LeafPlan,

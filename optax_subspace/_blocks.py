@@ -117,6 +117,11 @@ def is_variable(x: Any) -> bool:
     return hasattr(x, "get_value") and hasattr(x, "get_metadata")
 
 
+def is_box(x: Any) -> bool:
+    """Whether ``x`` is an array of Flax Linen in a box with metadata, told by what it can do."""
+    return hasattr(x, "unbox") and hasattr(x, "replace_boxed")
+
+
 def without_variables(tree: Any) -> Any:
     """``tree`` with the arrays that NNX keeps in variables in their places."""
     return jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import threading
 import warnings
@@ -13,7 +14,14 @@ import jax
 import optax
 
 from optax_subspace._inner_state import tree_bytes
-from optax_subspace._leaves import LeafPlan, Rules, compile_rules
+from optax_subspace._leaves import (
+    BY_NAME,
+    LeafPlan,
+    Rules,
+    compile_rules,
+    is_own_name,
+    suggested_axes,
+)
 
 
 class Description(NamedTuple):
@@ -75,6 +83,9 @@ def describe(params: optax.Params, tx: optax.GradientTransformation) -> Descript
       128 of 928 parameters projected (13.8 %); optimizer state 6,756 bytes, full-rank Adam's 7,428
     """
     plans, state = planned(tx, params)
+    # A scale that `inject_hyperparams` traced is none outside.
+    traced = lambda p: isinstance(p.scale, jax.core.Tracer)
+    plans = [dataclasses.replace(p, scale=None) if traced(p) else p for p in plans]
     adam = jax.eval_shape(optax.scale_by_adam().init, params)
     return Description(plans, tree_bytes(state), tree_bytes(adam))
 
@@ -116,6 +127,25 @@ def warn_about_rules(plans: Sequence[LeafPlan], rules: Rules | None) -> None:
             stacklevel=4,
         )
     total = sum(math.prod(p.shape) for p in plans)
+    by_name = [p for p in plans if p.reason == BY_NAME and not is_own_name(p.path)]
+    if sum(math.prod(p.shape) for p in by_name) * 10 > total:
+        largest = max(by_name, key=lambda p: math.prod(p.shape))
+        warnings.warn(
+            f"{largest.path} {largest.shape} and others are taken for parts of an embedding or an "
+            "output head by a name further up, and not projected. If they are none, give a rule: "
+            f"{suggested_rule(largest)}",
+            UserWarning,
+            stacklevel=4,
+        )
+    tried = [p for p in plans if p.reason.startswith("rank ")]
+    if tried and not any(p.projected for p in plans):
+        largest = max(tried, key=lambda p: math.prod(p.shape))
+        warnings.warn(
+            f"no parameter is projected: {largest.path} {largest.shape} is left alone for "
+            f"{largest.reason}. Give a smaller rank.",
+            UserWarning,
+            stacklevel=4,
+        )
     wanting = [p for p in plans if p.wants_rule]
     left = sum(math.prod(p.shape) for p in wanting)
     if left * 10 > total:
@@ -131,8 +161,7 @@ def warn_about_rules(plans: Sequence[LeafPlan], rules: Rules | None) -> None:
 
 def suggested_rule(leaf: LeafPlan) -> str:
     """A rule, as Python source, that would project ``leaf`` on its last two axes."""
-    axes = f"reduction_axis={len(leaf.shape) - 2}, output_axis={len(leaf.shape) - 1}"
-    return f"rules=[({leaf.path!r}, MatrixSpec({axes}))]"
+    return f"rules=[({leaf.path!r}, MatrixSpec({suggested_axes(leaf.shape)}))]"
 
 
 _local = threading.local()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from optax_subspace._blocks import dequantize, is_quantized, quantize_like
 from optax_subspace._leaves import LeafPlan
-from optax_subspace._refresh import Turn
+from optax_subspace._refresh import Turn, turned
 
 # The fields in which optax and its contrib package keep squares of gradients, and their means.
 _SECOND_MOMENTS = frozenset({"nu", "nu_max", "v_row", "v_col", "sum_of_squares", "exp_avg_sq"})
@@ -183,7 +183,7 @@ def turn_moments(
             if x.shape != plan.low_shape or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
             # An array of another name is one of squares if no number in it is negative.
-            return turn.apply(x, plan, squared=holds_squares((*path, *inner_path), state))
+            return turned(holds_squares((*path, *inner_path), state), plan, x, turn)
 
         return jax.tree_util.tree_map_with_path(on_array, part, is_leaf=is_quantized)
 

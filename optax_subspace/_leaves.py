@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_subspace._blocks import is_variable
+from optax_subspace._blocks import is_box, is_variable
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import check_count, check_projector
 
@@ -28,6 +28,9 @@ SIDES = ("shorter", "longer", "left", "right", "both", "auto")
 EMBEDDING_OR_HEAD = re.compile(
     r"(^|/)(\w*embed\w*|wte|wpe|lm_head|head|output_head)(/|$)", re.IGNORECASE
 )
+
+
+BY_NAME = "embedding or output head by its name"
 
 
 @runtime_checkable
@@ -48,8 +51,9 @@ class MatrixSpec:
     the transformation.
 
     Attributes:
-      reduction_axis: axis or axes of the input of the linear map.
-      output_axis: axis or axes of its output.
+      reduction_axis: axis or axes of the input of the linear map; None for the first of two. A leaf
+        of more dimensions needs both named; a vector is left alone without.
+      output_axis: axis or axes of its output; None for the second of two.
       rank: rank of this leaf's subspace.
       side: one of ``shorter``, ``longer``, ``left``, ``right``, ``both``, ``auto``.
       square_side: the side that ``shorter`` takes where ``m == n``: ``right`` as in GaLore's code,
@@ -67,8 +71,8 @@ class MatrixSpec:
       (2, 3)
     """
 
-    reduction_axis: Sequence[int] | int = 0
-    output_axis: Sequence[int] | int = 1
+    reduction_axis: Sequence[int] | int | None = None
+    output_axis: Sequence[int] | int | None = None
     rank: int | None = None
     side: str | None = None
     square_side: str = "right"
@@ -81,6 +85,8 @@ class MatrixSpec:
             check_projector("MatrixSpec: projector", self.projector)
         for field in ("reduction_axis", "output_axis"):
             axes = getattr(self, field)
+            if axes is None:
+                continue
             if not isinstance(axes, int | np.integer | Sequence) or isinstance(axes, str):
                 raise TypeError(f"MatrixSpec: {field} must be an axis or axes, got {axes!r}")
         if self.rank is not None:
@@ -91,6 +97,7 @@ class MatrixSpec:
             raise ValueError(
                 f"MatrixSpec: square_side must be left or right, got {self.square_side!r}"
             )
+        check_scale("MatrixSpec: scale", self.scale)
         for devices in _as_tuple(self.batch_split):
             check_count("batch_split", devices)
 
@@ -167,6 +174,22 @@ class LeafPlan:
         return tuple((*self.batch_shape, length[s], self.rank) for s in self.sides)
 
 
+def is_own_name(path: str) -> bool:
+    """Whether an embedding's or head's name is the leaf's own or its module's.
+
+    Example:
+      >>> is_own_name("decoder/lm_head/kernel"), is_own_name("embedder/layer_0/mlp/kernel")
+      (True, False)
+    """
+    return EMBEDDING_OR_HEAD.search("/".join(path.split("/")[-2:])) is not None
+
+
+def check_scale(name: str, scale: Any) -> None:
+    """Raises for what can be neither a number nor a schedule."""
+    if isinstance(scale, str | bytes | bool | Sequence):
+        raise TypeError(f"{name} must be a number or a schedule, got {scale!r}")
+
+
 def check_side(side: Any) -> None:
     """Raises unless ``side`` names a side policy."""
     if side not in SIDES:
@@ -185,13 +208,15 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def leaf_names(tree: Any) -> list[str]:
-    """The names of a tree's leaves, in order; one in a variable of NNX has that of the variable.
+    """The names of a tree's leaves, in order; one in a variable of NNX, or in a box of Linen's
+    (``nn.with_partitioning``), has that of the variable or box.
 
     Example:
       >>> leaf_names({"a": [1.0, 2.0], "b": 3.0})
       ['a/0', 'a/1', 'b']
     """
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
+    boxed = lambda x: is_variable(x) or is_box(x)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=boxed)
     return [path_name(path) for path, node in nodes for _ in jax.tree.leaves(node)]
 
 
@@ -217,8 +242,10 @@ def compile_rules(rules: Rules | None) -> list[tuple[re.Pattern[str], DimensionN
     return compiled
 
 
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A rule's pattern; raises ValueError if it is no regular expression."""
+def compile_pattern(pattern: Any) -> re.Pattern[str]:
+    """A rule's pattern; raises if it is no regular expression."""
+    if not isinstance(pattern, str | re.Pattern):
+        raise TypeError(f"a rule's pattern must be a regular expression, got {pattern!r}")
     try:
         return re.compile(pattern)
     except re.error as e:
@@ -241,7 +268,7 @@ def plan_leaf(path, leaf, rules, rank, side) -> LeafPlan:
                 return leave(f"left alone by rule {pattern.pattern!r}")
             return _plan_matrix(path, shape, dtype, spec, rank, side, f"rule {pattern.pattern!r}")
     if EMBEDDING_OR_HEAD.search(path):
-        return leave("embedding or output head by its name")
+        return leave(BY_NAME)
     if len(shape) < 2 or sorted(shape)[-2] == 1:
         return leave("not a matrix")
     if len(shape) > 2:
@@ -250,6 +277,8 @@ def plan_leaf(path, leaf, rules, rank, side) -> LeafPlan:
 
 
 def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
+    if spec.reduction_axis is None and len(shape) < 2:
+        return LeafPlan(path, shape, dtype, "not a matrix")
     reduction, output = _axes(path, shape, spec)
     batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
     override = spec if isinstance(spec, MatrixSpec) else MatrixSpec()
@@ -259,14 +288,18 @@ def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
     n = math.prod(shape[a] for a in output)
     if math.prod(shape) == 0:
         return LeafPlan(path, shape, dtype, "empty")
+    sides = _sides(override.side or side, m, n, override.square_side)
     if rank >= min(m, n):
-        return LeafPlan(path, shape, dtype, f"rank {rank} >= min({m}, {n})")
+        reason = f"rank {rank} >= min({m}, {n})"
+        if sides != ("auto",):
+            return LeafPlan(path, shape, dtype, reason)
+        rank = min(m, n)
     return LeafPlan(
         path,
         shape,
         dtype,
         reason,
-        sides=_sides(override.side or side, m, n, override.square_side),
+        sides=sides,
         rank=int(rank),
         batch=batch,
         reduction=reduction,
@@ -275,6 +308,11 @@ def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
         projector=override.projector,
         batch_split=split,
     )
+
+
+def suggested_axes(shape: Sequence[int]) -> str:
+    """The last two axes, as arguments of :class:`MatrixSpec`."""
+    return f"reduction_axis={len(shape) - 2}, output_axis={len(shape) - 1}"
 
 
 def _batch_split(path, batch_shape, split) -> tuple[int, ...]:
@@ -306,6 +344,15 @@ def _sides(side: str, m: int, n: int, square_side: str) -> tuple[str, ...]:
 
 
 def _axes(path, shape, spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    given = spec.reduction_axis, spec.output_axis
+    if None in given:
+        if given != (None, None) or len(shape) != 2:
+            raise ValueError(
+                f"parameter {path} has shape {shape}: its rule must name both axes, such as "
+                f"{suggested_axes(shape)}, or be None to leave it at full rank"
+            )
+        return (0,), (1,)
+
     def normalize(axis):
         axes = _as_tuple(axis)
         for a in axes:

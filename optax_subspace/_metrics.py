@@ -10,7 +10,7 @@ import optax
 
 from optax_subspace._blocks import dequantize, without_variables
 from optax_subspace._describe import planned
-from optax_subspace._leaves import LeafPlan, path_name
+from optax_subspace._leaves import LeafPlan, leaf_names
 from optax_subspace._projection import compute_dtype, largest, project, to_matrices
 from optax_subspace._projection_state import LeafBasis, ProjectionState, plan_of
 
@@ -50,6 +50,9 @@ def subspace_metrics(
     Returns:
       The metrics by the leaf's path.
 
+    Raises:
+      ValueError: the state is of another transformation, or of other parameters.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_subspace import galore, subspace_metrics
@@ -61,14 +64,18 @@ def subspace_metrics(
     """
     updates, state = without_variables((updates, state))
     plans, _ = planned(tx, updates)
-    flat, _ = jax.tree_util.tree_flatten_with_path(updates)
-    gradients = {path_name(path): leaf for path, leaf in flat}
+    gradients = dict(zip(leaf_names(updates), jax.tree.leaves(updates), strict=True))
     is_projection = lambda x: isinstance(x, ProjectionState)
     found = {}
     for node in jax.tree.leaves(state, is_leaf=is_projection):
         if not is_projection(node) or not isinstance(node.leaves, dict):
             continue
         for name, leaf in node.leaves.items():
+            if name not in gradients:
+                raise ValueError(
+                    f"the state has a basis of parameter {name}, and there is no such gradient: "
+                    "give the gradients of the parameters that the state is of"
+                )
             found[name] = SubspaceMetrics(
                 captured_energy(gradients[name], leaf, plan_of(plans, name, leaf)),
                 leaf.drift,

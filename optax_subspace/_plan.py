@@ -40,7 +40,8 @@ def plan(
     Each leaf takes the spec of the first rule whose pattern is found in its path
     (``re.search``); a spec of ``None`` leaves the leaf alone. A leaf that no rule matches is
     projected if it has two dimensions and is not an embedding or an output head by its name.
-    Leaves with ``rank >= min(m, n)`` are left alone, since nothing would be saved.
+    Leaves with ``rank >= min(m, n)`` are left alone, where only a basis on a side that is more than
+    twice the other could save anything; ``auto`` takes that one.
 
     Args:
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
@@ -92,17 +93,23 @@ def _with_fewest_bytes(
     projector_dtype: Any,
     accumulate: int,
 ) -> list[LeafPlan]:
-    """Decides the leaves whose sides are ``("auto",)``; the first of equals is kept."""
+    """Decides the leaves whose sides are ``("auto",)``; the first of equals is kept.
+
+    One whose rank is that of its matrix may be left alone; the rank that was asked is larger then.
+    """
     candidates, storage = [], projector_dtype
     buffer = lambda low: tree_bytes(low) if accumulate > 1 else 0
-    for sides in (("right",), ("left",), ("left", "right")):
-        decide = lambda p, s=sides: dataclasses.replace(p, sides=s) if p.sides == ("auto",) else p
+    for sides in ((), ("right",), ("left",), ("left", "right")):
+        decide = lambda p, s=sides: _decided(p, s) if p.sides == ("auto",) else p
         decided = [decide(p) for p in plans]
         low = [jax.ShapeDtypeStruct(p.low_shape, compute_dtype(p.dtype)) for p in decided]
         state = jax.eval_shape(inner.init, structure.unflatten(low))
         inner_bytes = bytes_by_leaf(state, structure)
         row = []
-        for count, x, p in zip(inner_bytes, low, decided, strict=True):
+        for count, x, p, asked in zip(inner_bytes, low, decided, plans, strict=True):
+            if asked.projected and not sides and asked.rank < min(asked.matrix_shape):
+                row.append((math.inf, p))
+                continue
             try:
                 own: float = _projection_bytes(p, p.projector or projector, storage)
             except ValueError:  # the rule has no basis of that shape, as `fixed` may not
@@ -110,6 +117,12 @@ def _with_fewest_bytes(
             row.append((count + buffer(x) + own, p))
         candidates.append(row)
     return [min(c, key=lambda pair: pair[0])[1] for c in zip(*candidates, strict=True)]
+
+
+def _decided(plan: LeafPlan, sides: tuple[str, ...]) -> LeafPlan:
+    if sides:
+        return dataclasses.replace(plan, sides=sides)
+    return LeafPlan(plan.path, plan.shape, plan.dtype, plan.reason)
 
 
 def _projection_bytes(plan: LeafPlan, projector: Projector | None, dtype: Any) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from optax_subspace._blocks import is_quantized, without_variables
 from optax_subspace._leaves import LeafPlan
 
 NEVER = np.iinfo(np.int32).max
@@ -63,7 +64,14 @@ class ProjectionState(NamedTuple):
 def plan_of(plans: Sequence[LeafPlan], path: str, leaf: LeafBasis) -> LeafPlan:
     """The plan that a leaf's bases were made with, of those that several projections made."""
     shapes = tuple(b.shape for b in leaf.bases)
-    return next(p for p in plans if p.path == path and p.basis_shapes == shapes)
+    for plan in plans:
+        if plan.path == path and plan.basis_shapes == shapes:
+            return plan
+    made = [p.basis_shapes for p in plans if p.path == path]
+    raise ValueError(
+        f"parameter {path}: the state holds bases of shapes {shapes}, the transformation makes "
+        f"{made or 'none'}: give the transformation and the parameters that the state is of"
+    )
 
 
 def check_unique(plans: Sequence[LeafPlan]) -> None:
@@ -74,8 +82,16 @@ def check_unique(plans: Sequence[LeafPlan]) -> None:
         seen.add(p.path)
 
 
-def check_state(plans: Sequence[LeafPlan], state: ProjectionState, accumulate: int) -> None:
-    """Raises if the state was made for other leaves, ranks, sides, axes or accumulation."""
+def check_state(
+    plans: Sequence[LeafPlan],
+    state: ProjectionState,
+    accumulate: int,
+    made: Callable[[LeafPlan], LeafBasis],
+) -> None:
+    """Raises if the state was made for other leaves, ranks, sides, axes, rules or accumulation.
+
+    ``made`` gives the basis that a plan begins with; its shapes alone count.
+    """
     remedy = "initialise the state with the same transformation and parameters"
     if not isinstance(state.leaves, dict) or set(state.skipped) != {p.path for p in plans}:
         raise ValueError(f"the state belongs to other parameters than the gradient: {remedy}")
@@ -93,3 +109,24 @@ def check_state(plans: Sequence[LeafPlan], state: ProjectionState, accumulate: i
                 f"parameter {p.path}: the state holds bases of shapes {found}, these settings need "
                 f"{expected}: {remedy}"
             )
+        if leaf is None:
+            continue
+        new = jax.eval_shape(lambda p=p: made(p))
+        has, needs = _kind(leaf), _kind(new)
+        if has != needs:
+            raise ValueError(
+                f"parameter {p.path}: the state was made with another projector or projector_dtype "
+                f"(it holds {has}, these settings need {needs}): {remedy}"
+            )
+
+
+def _kind(leaf: LeafBasis) -> str:
+    """How the bases are stored, and what the rule keeps."""
+    leaf = without_variables(leaf)
+    # (float64 counts as float32: gradients may be of another precision than the parameters.)
+    few_bits = lambda b: b.dtype if b.dtype.itemsize < 4 else "float32"
+    name = lambda b: b.layout.code if is_quantized(b) else str(few_bits(b))
+    parts, _ = jax.tree_util.tree_flatten_with_path(leaf.rule)
+    kept = [f"{jax.tree_util.keystr(path)} of shape {x.shape}" for path, x in parts]
+    bases = ", ".join(map(name, leaf.bases))
+    return f"bases in {bases}" + (f" and {', '.join(kept)} of the rule" if kept else "")

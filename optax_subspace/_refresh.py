@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +17,27 @@ from optax_subspace._leaves import LeafPlan
 from optax_subspace._projection import largest
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import NO_GRADIENT, directions, squared_norm
+
+
+def compiled_alone(method: Any) -> Any:
+    """Compiles ``method(self, plan, ...)`` once where it is called outside of any program.
+
+    Loops and branches of fresh functions would be compiled at each such call. Within a program it
+    is as if it were written there.
+    """
+    alone = jax.jit(method, static_argnums=(0, 1))
+
+    @functools.wraps(method)
+    def call(self: Any, plan: LeafPlan, *arguments: Any) -> Any:
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
+        if not traced:
+            # One program for all leaves of a shape; an error is raised again, with the leaf's path.
+            alike = dataclasses.replace(plan, path="", reason="", scale=None)
+            with contextlib.suppress(ValueError):
+                return alone(self, alike, *arguments)
+        return method(self, plan, *arguments)
+
+    return call
 
 
 class Refreshed(NamedTuple):
@@ -50,31 +74,32 @@ class Turn(NamedTuple):
     done: jax.Array
     rotations: tuple[jax.Array, ...] | None
 
-    def apply(self, moment: jax.Array, plan: LeafPlan, squared: bool | None) -> jax.Array:
-        """A moment ``plan.low_shape`` in the new basis: ``P'^T P R``, squared weights for squares.
 
-        Whether it holds squares is told by the numbers themselves if ``squared`` is None.
+@compiled_alone
+def turned(squared: bool | None, plan: LeafPlan, moment: jax.Array, turn: Turn) -> jax.Array:
+    """A moment ``plan.low_shape`` in the new basis: ``P'^T P R``, squared weights for squares.
 
-        With ``E[(sum_j c_j x_j)^2] = sum_j c_j^2 E[x_j^2]`` for coordinates that are uncorrelated,
-        as those in singular vectors are, second moments take the squared weights.
-        """
-        if self.rotations is None:
-            return jnp.where(self.done[..., None, None], 0, moment)
-        rotations = self.rotations
+    Whether it holds squares is told by the numbers themselves if ``squared`` is None.
 
-        def turn_all(done, rotations, moment):
-            def turn_slice(i, moments):
-                new = jax.lax.dynamic_index_in_dim(moments, i, keepdims=False)
-                squares = jnp.all(new >= 0) if squared is None else squared
-                for side, rotation in zip(plan.sides, rotations, strict=True):
-                    weights = jax.lax.dynamic_index_in_dim(rotation, i, keepdims=False)
-                    weights = jnp.where(squares, weights**2, weights)
-                    new = weights @ new if side == "left" else new @ weights.T
-                return jax.lax.dynamic_update_index_in_dim(moments, new.astype(moments.dtype), i, 0)
+    With ``E[(sum_j c_j x_j)^2] = sum_j c_j^2 E[x_j^2]`` for coordinates that are uncorrelated, as
+    those in singular vectors are, second moments take the squared weights.
+    """
+    if turn.rotations is None:
+        return jnp.where(turn.done[..., None, None], 0, moment)
 
-            return in_due_slices(done, turn_slice, moment)
+    def turn_all(done, rotations, moment):
+        def turn_slice(i, moments):
+            new = jax.lax.dynamic_index_in_dim(moments, i, keepdims=False)
+            squares = jnp.all(new >= 0) if squared is None else squared
+            for side, rotation in zip(plan.sides, rotations, strict=True):
+                weights = jax.lax.dynamic_index_in_dim(rotation, i, keepdims=False)
+                weights = jnp.where(squares, weights**2, weights)
+                new = weights @ new if side == "left" else new @ weights.T
+            return jax.lax.dynamic_update_index_in_dim(moments, new.astype(moments.dtype), i, 0)
 
-        return over_slices(turn_all, plan, self.done, rotations, moment)
+        return in_due_slices(done, turn_slice, varying_as(moment, (done, rotations)))
+
+    return over_slices(turn_all, plan, turn.done, turn.rotations, moment)
 
 
 def joined(sides: Sequence[Refreshed]) -> tuple[jax.Array, jax.Array, Turn]:
@@ -125,6 +150,17 @@ def in_due_slices(due: jax.Array, body: Any, carry: Any) -> Any:
     order = jnp.argsort(~due, stable=True)
     turns = jnp.sum(due, dtype=jnp.int32)
     return jax.lax.fori_loop(0, turns, lambda i, c: body(order[i], c), carry)
+
+
+def varying_as(tree: Any, like: Any) -> Any:
+    """``tree``, differing between the devices of a ``shard_map`` where ``like`` does.
+
+    Branches and carries of loops have to agree in that.
+    """
+    of = lambda x: jax.typeof(x).manual_axis_type.varying
+    axes = frozenset().union(*map(of, jax.tree.leaves(like)))
+    cast = lambda x: jax.lax.pcast(x, tuple(axes - of(x)), to="varying")
+    return jax.tree.map(lambda x: cast(x) if axes - of(x) else x, tree)
 
 
 def refresh(
@@ -189,7 +225,8 @@ def follow(
         energy = jnp.sum(low**2) / jnp.where(moved, squared, 1)
         # Only a gradient without coordinates has to be looked at whole.
         look = lambda: jnp.all(matrix == 0)
-        nothing = jax.lax.cond(jnp.all(low == 0), look, lambda: jnp.zeros([], bool))
+        unseen = lambda: varying_as(jnp.zeros([], bool), matrix)
+        nothing = jax.lax.cond(jnp.all(low == 0), look, unseen)
         energy = jnp.where(nothing, NO_GRADIENT, energy)
         return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
 
@@ -278,7 +315,7 @@ def in_slices(
             energy=jnp.ones(due.shape, jnp.float32),
             rotation=jnp.zeros((*due.shape, rank, rank), dtype) if rotate else None,
         )
-        return in_due_slices(due, body, none)
+        return in_due_slices(due, body, varying_as(none, (due, arrays, old)))
 
     return over_slices(apply_rule, plan, due, arrays, old)
 

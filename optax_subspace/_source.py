@@ -245,7 +245,7 @@ def _projections(
         )
     found: dict[str, tuple[LeafPlan, LeafBasis, Subspace, jax.Array]] = {}
     for node, (subspace, plans) in zip(nodes, made, strict=True):
-        check_state(plans, node, subspace.accumulate)
+        check_state(plans, node, subspace.accumulate, subspace.init_leaf)
         # As for full gradients: bases change with the first micro-batch.
         first = node.steps % subspace.accumulate == 0
         for plan in plans:

@@ -18,6 +18,7 @@ from optax_subspace._projection import compute_dtype, from_matrices, lift, proje
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import transformation
+from optax_subspace._refresh import varying_as
 
 
 class SubspaceState(NamedTuple):
@@ -121,7 +122,7 @@ def _full_update(update: jax.Array, leaf: LowRankUpdate) -> jax.Array:
 
     if leaf.ready is None:
         return to_full(update)
-    zeros = lambda _: jnp.zeros(leaf.plan.shape, leaf.dtype_out)
+    zeros = lambda low: varying_as(jnp.zeros(leaf.plan.shape, leaf.dtype_out), (low, leaf.bases))
     return jax.lax.cond(leaf.ready, to_full, zeros, update)
 
 

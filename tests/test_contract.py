@@ -45,6 +45,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("projector", "inner"), PAIRS)
+@jax.numpy_rank_promotion("raise")
 def test_the_contract(projector, inner):
     """All sides within one case, as rules: one compilation serves them."""
     tall, stack = (trees.params()[k] for k in ("tall", "stack"))
@@ -122,7 +123,8 @@ def check_projection(rows, columns, batch, rank, side, dtype, name):
     state = tx.init({"w": gradient})
     for _ in range(2):
         updates, state = tx.update({"w": gradient}, state)
-    plan = osub.plan({"w": gradient}, [("w", spec)], rank=rank, side=side)[0]
+    rules, inner = [("w", spec)], optax.identity()
+    plan = osub.plan({"w": gradient}, rules, rank=rank, side=side, inner=inner)[0]
     assert plan.projected == (rank < min(rows, columns))
     assert updates["w"].dtype == dtype and updates["w"].shape == shape
     norm = lambda x: float(jnp.linalg.norm(x.astype(jnp.float32)))
@@ -156,6 +158,23 @@ def test_gradients_of_lower_rank_than_the_basis():
             # Online PCA's slope is zero here but for rounding, which Adam turns into full steps.
             tolerance = 0.25 if rule is PROJECTORS["online_pca"] else 1e-3
             np.testing.assert_allclose(updates["w"], u, rtol=tolerance, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_online_pca_keeps_its_scale_where_gradients_have_a_lower_rank():
+    """Columns that no gradient pulls at are held by the orthogonality term alone."""
+    u, v = (jax.random.normal(jax.random.key(i), (n, 4)) for i, n in enumerate((64, 40)))
+    tx = osub.scale_by_subspace(optax.identity(), rank=16, projector=osub.online_pca())
+
+    def step(state, key):
+        gradient = {"w": u @ (v + 0.3 * jax.random.normal(key, v.shape)).T}
+        _, state = tx.update(gradient, state)
+        basis = state.projection.leaves["w"].bases[0]
+        return state, jnp.max(jnp.abs(basis.T @ basis - jnp.eye(16)))
+
+    state = tx.init({"w": jnp.zeros((64, 40))})
+    skew = jax.lax.scan(step, state, jax.random.split(jax.random.key(2), 200))[1]
+    assert jnp.max(skew) < 0.07 and skew[-1] < 0.02
 
 
 def test_no_rule_captures_less_than_a_random_basis():

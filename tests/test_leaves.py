@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import optax_subspace as osub
@@ -144,8 +145,22 @@ def test_bad_rules():
         MatrixSpec(rank=-1)
     with pytest.raises(TypeError, match="projector must be a Projector .* got 'svd'"):
         MatrixSpec(projector="svd")
-    with pytest.raises(TypeError, match="reduction_axis must be an axis or axes, got None"):
-        MatrixSpec(reduction_axis=None)
+    with pytest.raises(TypeError, match=r"reduction_axis must be an axis or axes, got 0\.5"):
+        MatrixSpec(reduction_axis=0.5)
+    with pytest.raises(TypeError, match="scale must be a number or a schedule, got 'a'"):
+        MatrixSpec(scale="a")
+    with pytest.raises(TypeError, match="pattern must be a regular expression, got None"):
+        plans(shapes, [(None, None)])
+    # A rule of a rank alone takes no two of three axes for rows and columns.
+    for shape in ((6, 20, 12), (3, 3, 20, 12)):
+        axes = f"reduction_axis={len(shape) - 2}, output_axis={len(shape) - 1}"
+        with pytest.raises(
+            ValueError, match=f"w has shape .* both axes, such as {axes}, or be None"
+        ):
+            plans({"w": shape}, [("w", MatrixSpec(rank=2))])
+    with pytest.raises(ValueError, match="must name both axes"):
+        plans(shapes, [("w", MatrixSpec(reduction_axis=1))])
+    assert plans({"b": (12,)}, [("", MatrixSpec(rank=2))])["b"].reason == "not a matrix"
     with pytest.raises(ValueError, match="batch_split must be at least 1"):
         MatrixSpec(batch_split=0)
     stack = {"w": (6, 20, 12)}
@@ -174,6 +189,51 @@ def test_warnings_name_the_rule_to_add():
         catch_all = [("w", MatrixSpec()), (".*", None)]
         tx = osub.scale_by_subspace(optax.scale_by_adam(), rank=4, rules=catch_all)
         tx.init({"w": jnp.ones((20, 12))})
+
+
+def test_what_is_not_projected_at_all_or_by_a_name_further_up_is_told():
+    params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+    with pytest.warns(UserWarning, match=r"no parameter is projected: w \(64, 64\) is left alone"):
+        osub.galore(0.1).init(params)
+    encoder = {"text_embedder": {"layer_0": {"kernel": params["w"]}}, "out": params["w"]}
+    with pytest.warns(UserWarning, match=r"text_embedder/layer_0/kernel .* a name further up"):
+        osub.galore(0.1, 4).init(encoder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        osub.galore(0.1, 4).init({"decoder": {"lm_head": {"kernel": params["w"]}}, **params})
+        osub.galore(0.1).init({"b": params["b"], "embed": params["w"]})
+
+
+def test_rules_may_be_an_iterator_and_scales_traced():
+    params = {"w": jnp.ones((20, 12))}
+    tx = osub.galore(0.1, 4, rules=zip(["w"], [MatrixSpec(rank=2)], strict=True))
+    _, state = tx.update(params, tx.init(params), params)
+    assert osub.subspace_metrics(tx, state, params)
+    tx = optax.inject_hyperparams(osub.galore, static_args=("rank",))(0.1, rank=4)
+    (leaf,) = osub.describe(params, tx).leaves
+    assert leaf.side == "right" and leaf.scale is None
+
+
+def test_boxes_of_linen_have_the_names_of_their_parameters():
+    dense = nn.Dense(12, kernel_init=nn.with_partitioning(nn.zeros, (None, "x")))
+    params = dense.init(jax.random.key(0), jnp.ones((1, 20)))["params"]
+    assert [p.path for p in osub.plan(params, rank=4)] == ["bias", "kernel"]
+    tx = osub.galore(0.1, 4, rules=[("kernel$", MatrixSpec(rank=2))])
+    _, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert list(osub.subspace_metrics(tx, state, params)) == ["kernel"]
+
+
+@pytest.mark.parametrize("shape, rank", [((1000, 64), 128), ((20, 300), 20), ((80, 64), 64)])
+def test_auto_never_takes_more_bytes_than_optax(shape, rank):
+    """A rank of the whole matrix included, where one long basis may be less than two moments."""
+    params = {"w": jnp.zeros(shape)}
+    ours = osub.describe(params, osub.galore(0.1, rank, side="auto"))
+    peers = jax.eval_shape(optax.contrib.galore(0.1, rank=rank).init, params)
+    counters = 100
+    assert ours.state_bytes <= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(peers)) + (
+        counters
+    )
+    assert ours.leaves[0].projected == (max(shape) > 2 * min(shape))
 
 
 def test_describe_twice_tells_the_same():

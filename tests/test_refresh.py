@@ -418,3 +418,23 @@ def test_gradients_of_another_dtype_than_the_parameters(moments):
                     updates, state = tx.update({"w": jnp.ones((8, 6), gradient)}, state)
                 assert updates["w"].dtype == gradient
                 assert state.inner.mu["w"].dtype == weight
+
+
+def test_a_state_of_another_rule_is_told_or_keeps_to_the_new_period():
+    params = leaves("tall")
+    tx = lambda rule, **kw: osub.scale_by_subspace(optax.identity(), rank=4, projector=rule, **kw)
+    for rule, other in (
+        (osub.oja(), osub.subspace_iteration()),
+        (osub.history_pca(), osub.oja()),
+        (osub.online_pca(), osub.history_pca()),
+    ):
+        with pytest.raises(ValueError, match="parameter tall: .* another projector or projector_d"):
+            tx(other).update(params, tx(rule).init(params))
+    with pytest.raises(ValueError, match="holds bases in bfloat16, these settings need bases in f"):
+        tx(osub.svd()).update(params, tx(osub.svd(), projector_dtype="bfloat16").init(params))
+    update = jax.jit(tx(osub.svd(5)).update)
+    for before in (osub.oja(), osub.svd(200)):  # without a state of their own, as `svd`
+        _, state = jax.jit(tx(before).update)(params, tx(before).init(params))
+        for _ in range(6):
+            _, state = update(params, state)
+        assert int(state.projection.leaves["tall"].refreshes) == 2

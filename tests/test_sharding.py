@@ -8,6 +8,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import optax_subspace as osub
@@ -219,3 +220,33 @@ def test_explicit_axes_and_interleaved_splits_are_told():
     convolution = shape((3, 3, 16, 32), place(mesh, None, None, "x"))
     with pytest.warns(UserWarning, match=r"one of the axes \(0, 1, 2\).*first of them, 0"):
         osub.state_shardings(tx, convolution)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        osub.galore(0.1, 3, every=2, moments="project", rules=[("s", osub.MatrixSpec(1, 2))]),
+        osub.online_subspace_descent(0.1, 3, rules=[("s", osub.MatrixSpec(1, 2))]),
+        osub.galore(0.1, 3, accumulate=2, rules=[("s", osub.MatrixSpec(1, 2))]),
+    ],
+    ids=["svd", "history_pca", "accumulate"],
+)
+def test_gradients_of_a_devices_own_within_shard_map(tx):
+    """As of experts' or local steps; a mesh of one device has the same types as a larger one."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    normal = lambda i, shape: jax.random.normal(jax.random.key(i), (1, *shape))
+    gradients = {"w": normal(0, (12, 8)), "s": normal(1, (2, 12, 8)), "b": normal(2, (8,))}
+
+    def local(gradients):
+        one = jax.tree.map(lambda g: g[0], gradients)
+        params = jax.tree.map(jnp.ones_like, one)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(one, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+        return jax.tree.map(lambda x: x[None], params)
+
+    axes = jax.sharding.PartitionSpec("x")
+    shared = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=axes, out_specs=axes))(gradients)
+    alone = jax.jit(local)(gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), shared, alone)

@@ -249,6 +249,19 @@ def test_examples_one_by_one_are_a_batch(name, side):
     assert_close(*both_ways(tx, mixed, experts, x))
 
 
+def test_kernels_that_share_an_input_share_it_in_the_backward_pass():
+    """Under `vmap` over kernels alone their input is not copied for each of them."""
+    params, x = kernels(e=(5, 12, 20)), jax.random.normal(jax.random.key(0), (32, 12))
+    fun = lambda p, x: jnp.sum(jnp.tanh(jax.vmap(lambda k: x @ k)(p["e"])) ** 2)
+    rules = [("e", MatrixSpec(-2, -1))]
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, side="right", rules=rules)
+    assert_close(*both_ways(tx, fun, params, x))
+    step = jax.jit(osub.subspace_value_and_grad(fun, tx, refresh=False))
+    program = step.lower(params, tx.init(params), x).compile().as_text()
+    assert "f32[5,32,20]" in program  # the cotangents, and never
+    assert "f32[5,32,12]" not in program
+
+
 def test_less_of_the_activations_is_kept():
     """With the basis on the input side `x P` is kept in place of `x`."""
     tx = osub.scale_by_subspace(optax.identity(), rank=2, side="left")

@@ -352,6 +352,16 @@ def test_deterministic():
     chex.assert_trees_all_equal(a, b)
 
 
+def test_an_update_outside_of_a_program_compiles_once():
+    params = {"a": jnp.ones((12, 8)), "b": jnp.ones((12, 8))}
+    for tx in (osub.galore(0.1, 2, every=2, moments="project"), osub.online_subspace_descent(0.1, 2)):
+        state = tx.init(params)
+        for step in range(6):
+            with trees.counting_compilations() as compilations:
+                _, state = tx.update(trees.grads(params, step), state, params)
+        assert not compilations
+
+
 def test_state_is_updated_in_place():
     """No second copy of the bases or the moments: the refresh is part of the same program."""
     params = {"w": jnp.zeros((8, 64, 96))}
@@ -442,6 +452,21 @@ def test_errors_of_the_factory_and_of_foreign_states():
         osub.scale_by_subspace(adam, projector=osub.svd()._replace(every=0))
     with pytest.raises(ValueError, match="every or projector"):
         osub.galore(0.1, every=3, projector=osub.svd())
+    with pytest.raises(ValueError, match="every must be at most 1073741824 steps, got 10000000000"):
+        osub.galore(0.1, every=10**10)
+    with pytest.raises(ValueError, match="every=1 .* follow is never called: give every=None"):
+        osub.scale_by_subspace(adam, projector=osub.svd(1)._replace(follow=osub.oja().follow))
+    with pytest.raises(TypeError, match="scale must be a number or a schedule, got 'x'"):
+        osub.galore(0.1, scale="x")
+    with pytest.raises(TypeError, match="stagger must be True or False, got 'no'"):
+        osub.galore(0.1, stagger="no")
+    for rule, argument in ((osub.oja, "step"), (osub.history_pca, "decay")):
+        with pytest.raises(TypeError, match=f"{argument} must be a number, got <function"):
+            rule(lambda step: 0.1)
+    with pytest.raises(TypeError, match="adaptive_period: projector must be a Projector"):
+        osub.adaptive_period(osub.svd)
+    with pytest.raises(ValueError, match="tied_rate: peak must be positive, got 0"):
+        osub.tied_rate(0.1, 0.0)
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         osub.svd(every=0)
     with pytest.raises(ValueError, match="method must be one of"):
@@ -452,6 +477,9 @@ def test_errors_of_the_factory_and_of_foreign_states():
         pure(rank=5, rules=None).update(params, state)
     with pytest.raises(ValueError, match="other parameters"):
         pure(rank=4, rules=None).update({"v": jnp.ones((20, 12))}, state)
+    for rank, gradients in ((5, params), (4, {"v": params["w"]})):
+        with pytest.raises(ValueError, match="parameter w.* the state "):
+            osub.subspace_metrics(pure(rank=rank, rules=None), state, gradients)
 
     wrong = osub.Projector(lambda *a: (), lambda g, b, s: (b[:, :2], s))
     tx = pure(rules=None, projector=wrong)

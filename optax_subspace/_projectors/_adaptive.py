@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optax_subspace._projectors._base import Projector, check_count
+from optax_subspace._projectors._base import Projector, check_count, check_projector
 
 
 def adaptive_period(projector: Projector, *, cosine: float = 0.9, longest: int = 8) -> Projector:
@@ -37,9 +37,12 @@ def adaptive_period(projector: Projector, *, cosine: float = 0.9, longest: int =
       >>> adaptive_period(svd(every=200), longest=4).longest
       4
     """
+    check_projector("adaptive_period: projector", projector)
     if projector.every is None:
         raise ValueError("adaptive_period: the projector has no period that could be adapted")
     if not 0 < cosine <= 1:
         raise ValueError(f"adaptive_period: cosine must lie in (0, 1], got {cosine}")
     check_count("longest", longest)
-    return projector._replace(cosine=cosine, longest=longest)
+    adapted = projector._replace(cosine=cosine, longest=longest)
+    check_projector("adaptive_period: projector", adapted)
+    return adapted

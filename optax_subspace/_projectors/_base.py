@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import optax
 
 RELATIVE_TO = ("gradient", "estimate")
 _SKETCHED = 8  # random directions
+_LONGEST = 2**30  # a period, so that ages and what is added to them are numbers of 32 bits
 # Stands for the energy within a basis where there is no gradient; below zero it is unknown.
 NO_GRADIENT = -2.0
 
@@ -89,12 +91,29 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def check_projector(name: str, rule: Any) -> None:
     """Raises unless ``rule`` is a :class:`Projector`, whose period is none or a count."""
     if not isinstance(rule, Projector):
         raise TypeError(f"{name} must be a Projector such as svd(every=200), got {rule!r}")
-    if rule.every is not None:
-        check_count(f"{name}: every", rule.every)
+    if rule.every is None:
+        return
+    check_count(f"{name}: every", rule.every)
+    if rule.every * rule.longest > _LONGEST:
+        raise ValueError(
+            f"{name}: every must be at most {_LONGEST} steps, got {rule.every}: give every=None to "
+            "keep the first basis"
+        )
+    if rule.every == 1 and rule.follow is not None:
+        raise ValueError(
+            f"{name}: with every=1 each step has a new basis by update and follow is never called: "
+            "give every=None"
+        )
 
 
 def transformation(name: str, given: Any) -> optax.GradientTransformationExtraArgs:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from optax_subspace._projectors._base import (
     Projector,
     basis_of,
+    check_number,
     check_projector,
     check_relative_to,
     directions,
@@ -51,6 +52,7 @@ def history_pca(
       >>> history_pca().follow(jnp.eye(3)[:, :1], jnp.eye(3)[:, :1], jnp.ones(1))[1].tolist()
       [1.0]
     """
+    check_number("history_pca: decay", decay)
     if not 0 <= decay < 1:
         raise ValueError(f"history_pca: decay must lie in [0, 1), got {decay}")
 
@@ -68,7 +70,7 @@ def history_pca(
         return basis, jnp.sum(low**2, axis=1) / squared
 
     def follow(product, basis, state):
-        return positive_qr(decay * basis * state + (1 - decay) * product)
+        return positive_qr(decay * basis * state[None] + (1 - decay) * product)
 
     return Projector(
         init=lambda key, m, n, rank: jnp.zeros(rank, jnp.float32),
@@ -84,4 +86,4 @@ def positive_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The orthonormal factor ``(m, r)`` with signs that make R's diagonal positive, and that."""
     q, r = jnp.linalg.qr(matrix)
     diagonal = jnp.diagonal(r)
-    return q * jnp.where(diagonal < 0, -1, 1), jnp.abs(diagonal)
+    return q * jnp.where(diagonal < 0, -1, 1)[None], jnp.abs(diagonal)

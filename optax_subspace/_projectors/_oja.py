@@ -5,6 +5,7 @@ from __future__ import annotations
 from optax_subspace._projectors._base import (
     Projector,
     basis_of,
+    check_number,
     check_projector,
     check_relative_to,
 )
@@ -43,6 +44,7 @@ def oja(
       >>> [round(float(x), 2) for x in basis[:, 0]]
       [0.1, 1.0, 0.0]
     """
+    check_number("oja: step", step)
     if not step > 0:
         raise ValueError(f"oja: step must be positive, got {step}")
 

@@ -8,6 +8,7 @@ import optax
 from optax_subspace._projectors._base import (
     Projector,
     basis_of,
+    check_count,
     check_projector,
     check_relative_to,
     transformation,
@@ -116,6 +117,9 @@ def tied_rate(
       A number or a schedule for the optimizer of :func:`online_pca`. The basis takes its first step
       with the second step of the weights.
 
+    Raises:
+      ValueError: ``peak`` is not positive, or ``every`` below one.
+
     References:
       Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, and its
       public code.
@@ -127,6 +131,9 @@ def tied_rate(
       >>> round(float(tied_rate(schedule, peak=0.01)(4)), 6)  # 1 / 200 * 5 / 10
       0.0025
     """
+    if not peak > 0:
+        raise ValueError(f"tied_rate: peak must be positive, got {peak}")
+    check_count("tied_rate: every", every)
     if callable(learning_rate):
         return lambda step: learning_rate(step + 1) / (peak * every)
     return learning_rate / (peak * every)

@@ -61,7 +61,7 @@ def align_signs(basis: jax.Array, previous: jax.Array) -> jax.Array:
     """
     along = jnp.sum(basis * previous, axis=0)
     largest = jnp.take_along_axis(basis, jnp.argmax(jnp.abs(basis), axis=0)[None], axis=0)[0]
-    return basis * jnp.where(jnp.where(along != 0, along, largest) < 0, -1, 1)
+    return basis * jnp.where(jnp.where(along != 0, along, largest) < 0, -1, 1)[None]
 
 
 def _leading_by_lapack(gradient: jax.Array, rank: int) -> jax.Array:
