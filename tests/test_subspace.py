@@ -354,7 +354,8 @@ def test_deterministic():
 
 def test_an_update_outside_of_a_program_compiles_once():
     params = {"a": jnp.ones((12, 8)), "b": jnp.ones((12, 8))}
-    for tx in (osub.galore(0.1, 2, every=2, moments="project"), osub.online_subspace_descent(0.1, 2)):
+    galore = osub.galore(0.1, 2, every=2, moments="project")
+    for tx in (galore, osub.online_subspace_descent(0.1, 2)):
         state = tx.init(params)
         for step in range(6):
             with trees.counting_compilations() as compilations:
