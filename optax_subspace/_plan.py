@@ -95,11 +95,11 @@ def _with_fewest_bytes(
 ) -> list[LeafPlan]:
     """Decides the leaves whose sides are ``("auto",)``; the first of equals is kept.
 
-    One whose rank is that of its matrix may be left alone; the rank that was asked is larger then.
+    One whose rank is that of its matrix may be left alone, and is if that takes no more.
     """
     candidates, storage = [], projector_dtype
     buffer = lambda low: tree_bytes(low) if accumulate > 1 else 0
-    for sides in ((), ("right",), ("left",), ("left", "right")):
+    for sides in (("right",), ("left",), ("left", "right"), ()):
         decide = lambda p, s=sides: _decided(p, s) if p.sides == ("auto",) else p
         decided = [decide(p) for p in plans]
         low = [jax.ShapeDtypeStruct(p.low_shape, compute_dtype(p.dtype)) for p in decided]
@@ -108,7 +108,7 @@ def _with_fewest_bytes(
         row = []
         for count, x, p, asked in zip(inner_bytes, low, decided, plans, strict=True):
             if asked.projected and not sides and asked.rank < min(asked.matrix_shape):
-                row.append((math.inf, p))
+                row.append((math.inf, asked))
                 continue
             try:
                 own: float = _projection_bytes(p, p.projector or projector, storage)
@@ -116,7 +116,8 @@ def _with_fewest_bytes(
                 own = math.inf
             row.append((count + buffer(x) + own, p))
         candidates.append(row)
-    return [min(c, key=lambda pair: pair[0])[1] for c in zip(*candidates, strict=True)]
+    fewest = lambda pair: (pair[0], pair[1].projected)
+    return [min(of_leaf, key=fewest)[1] for of_leaf in zip(*candidates, strict=True)]
 
 
 def _decided(plan: LeafPlan, sides: tuple[str, ...]) -> LeafPlan:
