@@ -94,6 +94,7 @@ def test_the_contract(projector, inner):
     )
 
 
+@pytest.mark.filterwarnings("ignore:no parameter is projected")
 @settings(max_examples=8, deadline=None)
 @given(
     rows=st.integers(1, 9),

@@ -303,8 +303,11 @@ def test_in_eight_bits_the_energy_is_nearly_the_same(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("adam", "nuclear"),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "nesterov", "frobenius")),
+        "adam",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("nuclear", "lion", "nesterov", "frobenius")
+        ),
     ],
 )
 def test_in_the_fused_step(name):

@@ -305,9 +305,11 @@ class TestForms:
         "change",
         [
             {"unroll": 1},
-            {"remat": True},
+            *(
+                pytest.param(change, marks=pytest.mark.slow)
+                for change in ({"remat": True}, {"num_layers": 5, "unroll": 2})
+            ),
             {"remat": True, "unroll": 1},
-            {"num_layers": 5, "unroll": 2},
             {"attention": "dot_product", "tie_embeddings": True, "loss": "fused"},
             {"attention": "blocked", "tie_embeddings": True, "loss": "fused"},
             {"loss": "auto", "loss_chunk": 7},
@@ -429,7 +431,7 @@ class TestLoss:
 
         close(both(losses.fused), both(losses.logits), 1e-5)
 
-    @pytest.mark.parametrize("name", losses.IMPLEMENTATIONS)
+    @pytest.mark.parametrize("name", [pytest.param("logits", marks=pytest.mark.slow), "fused"])
     def test_mask(self, name):
         config = dataclasses.replace(SHALLOW, loss=name)
         params, tokens = params_of(config), tokens_of(config)
@@ -458,7 +460,10 @@ class TestLoss:
 
 
 class TestNumerics:
-    @pytest.mark.parametrize(("name", "loss"), PAIRS)
+    @pytest.mark.parametrize(
+        ("name", "loss"),
+        [p if p[0] == "blocked" else pytest.param(*p, marks=pytest.mark.slow) for p in PAIRS],
+    )
     def test_bfloat16_compute_on_float32_parameters(self, name, loss):
         config = dataclasses.replace(SHALLOW, attention=name, loss=loss)
         params, tokens = params_of(config), tokens_of(SHALLOW)

@@ -69,8 +69,13 @@ def test_codes_of_bitsandbytes():
     assert not_nearest(scaled, MAPS["signed"][theirs].astype(np.float64), MAPS["signed"]) > 0
 
 
+# The other codes of each kind are slow.
+FIRST_OF_A_KIND = ("dynamic", "float8_e4m3fn", "linear4")
+BY_KIND = [pytest.param(n, marks=[] if n in FIRST_OF_A_KIND else [pytest.mark.slow]) for n in CODES]
+
+
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", BY_KIND)
 def test_encode_finds_the_nearest_code(name, signed):
     code, values = code_of(name, signed), levels(name, signed)
     assert 0.0 in values and values[-1] == 1
@@ -149,7 +154,7 @@ def test_a_block_that_is_not_finite_keeps_to_itself():
             np.testing.assert_array_equal(found[row], alone)
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", ["dynamic", "linear4"])
 def test_blocks_of_any_shape_come_back_and_stay(name, shards):
     """What was decoded is encoded the same, whatever the signs of the largest entries."""
@@ -309,7 +314,17 @@ def exact_run(name, projected):
     return run(osub.scale_by_subspace(inner, rank=32) if projected else inner)
 
 
-@pytest.mark.parametrize(("name", "where"), [*((name, "inside") for name in INNER), *WHERE])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        *(("adam", "inside"), ("adafactor", "inside")),
+        *(
+            pytest.param(n, "inside", marks=pytest.mark.slow)
+            for n in ("lion", "momentum", "rms", "chain")
+        ),
+        *WHERE,
+    ],
+)
 def test_quantized_state_follows_the_exact_one(name, where):
     store = lambda inner: osub.quantize_state(inner, min_size=512)
     subspace = lambda inner: osub.scale_by_subspace(inner, rank=32)
@@ -345,10 +360,10 @@ def test_a_scan_over_layers_equals_the_stack_at_once():
 
         return jax.lax.scan(layer, None, (params, state, gradients))[1]
 
-    params, walked = stack, state
+    params, walked, update = stack, state, jax.jit(jax.vmap(tx.update))
     for _ in range(3):
         params, walked = walk(params, walked, stack)
-        updates, state = jax.vmap(tx.update)(stack, state, stack)
+        updates, state = update(stack, state, stack)
     chex.assert_trees_all_equal_shapes_and_dtypes(walked, state)
     mu, expected = (s[0].inner.inner.mu for s in (walked, state))
     chex.assert_trees_all_close(osub.dequantize(mu), osub.dequantize(expected), atol=0.03)
@@ -361,7 +376,7 @@ def test_our_scale_by_adam_after_a_projection():
     params = {"w": jnp.ones((256, 512))}
     state = tx.init(params)
     assert state[1].inner.inner.mu["w"].shape == (128, 512)
-    updates, _ = tx.update(params, state, params)
+    updates, _ = jax.jit(tx.update)(params, state, params)
     assert updates["w"].shape == (256, 512)
     wrong = optax.chain(osub.subspace_project(4), osub.quantize_state(optax.scale_by_adam()))
     with pytest.raises(TypeError, match="scale_by_adam"):

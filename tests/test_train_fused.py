@@ -72,7 +72,9 @@ def test_fused_steps_equal_plain_ones(name, remat):
         assert float(energies[0].kinetic) > 0
 
 
-@pytest.mark.parametrize("name", ["galore_adamw8bit", "adalomo"])
+@pytest.mark.parametrize(
+    "name", ["galore_adamw8bit", pytest.param("adalomo", marks=pytest.mark.slow)]
+)
 def test_int8_weights_of_every_layer_move(name):
     before, after, metrics, _ = train(name, True, int8=True)
     kernels = before.params["layers"]["gate"]["kernel"], after.params["layers"]["gate"]["kernel"]
