@@ -11,10 +11,10 @@ import optax
 
 from optax_subspace._blocks import dequantize, is_quantized, without_variables
 from optax_subspace._describe import recorded
+from optax_subspace._fused_state import FusedState
 from optax_subspace._gradient_scaling import GradientScalingState
 from optax_subspace._hamiltonian import HamiltonianState, weights_of
 from optax_subspace._kinetic import Kinetic, slope_of
-from optax_subspace._layerwise import FusedState
 from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import ProjectionState

@@ -12,6 +12,7 @@ import optax
 
 from optax_subspace._blocks import dequantize
 from optax_subspace._dependence import check_leaves_apart
+from optax_subspace._fused_state import FusedMetrics, FusedState, LossScale, next_scale
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projectors._base import LAYER_AXIS, transformation
 from optax_subspace._rounding import apply_updates
@@ -24,53 +25,6 @@ from optax_subspace._stack import (
     put_slice,
     slice_of,
 )
-
-
-class LossScale(NamedTuple):
-    """Dynamic loss scaling, for float16.
-
-    Attributes:
-      initial: the first scale.
-      factor: what it is divided by after an overflow, and multiplied with after a period without.
-      period: steps without overflow before it grows.
-    """
-
-    initial: float = 2.0**15
-    factor: float = 2.0
-    period: int = 2000
-
-
-class FusedState(NamedTuple):
-    """State of a fused step.
-
-    Attributes:
-      step: int32 scalar, the steps done; those that overflowed count too.
-      layers: the transformation's state for one layer, all arrays with the layers' axis in front.
-      rest: its state by key of the parameters outside of the layers.
-      scale: float32 scalar, the loss scale; 1 without one.
-      good: int32 scalar, steps since the scale has changed.
-    """
-
-    step: jax.Array
-    layers: Any
-    rest: dict[str, Any]
-    scale: jax.Array
-    good: jax.Array
-
-
-class FusedMetrics(NamedTuple):
-    """What a fused step reports, float32 scalars.
-
-    Attributes:
-      loss: before the update.
-      grad_norm: global norm of the gradients, before they are clipped by a norm; NaN if neither
-        needed nor asked for.
-      skipped: 1 if the step overflowed and changed nothing.
-    """
-
-    loss: jax.Array
-    grad_norm: jax.Array
-    skipped: jax.Array
 
 
 class FusedStep(NamedTuple):
@@ -333,7 +287,7 @@ def fused_backward(
             total = total_now + squared(last) if grad_norm else jnp.float32(jnp.nan)
         norm = jnp.sqrt(total)
         metrics = FusedMetrics(value.astype(jnp.float32), norm, (~enabled).astype(jnp.float32))
-        scale, good = _next_scale(loss_scale, state, enabled)
+        scale, good = next_scale(loss_scale, state, enabled)
         return (
             {**new, layers: stack},
             FusedState(state.step + 1, inner, states, scale, good),
@@ -362,16 +316,3 @@ def _refuse_gradient_trees(state: Any) -> None:
 def _scaled_to(gradients: Any, norm: jax.Array, largest: float) -> Any:
     """As optax.clip_by_global_norm, with the norm given."""
     return jax.tree.map(lambda g: jnp.where(norm < largest, g, g / norm * largest), gradients)
-
-
-def _next_scale(
-    how: LossScale | None, state: FusedState, good_step: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The loss scale of the next step, and the steps since it changed."""
-    if how is None:
-        return state.scale, state.good
-    good = jnp.where(good_step, state.good + 1, 0)
-    grows = good >= how.period
-    scale = jnp.where(grows, state.scale * how.factor, state.scale)
-    scale = jnp.where(good_step, scale, jnp.maximum(state.scale / how.factor, 1.0))
-    return scale, jnp.where(grows, 0, good)

@@ -1,0 +1,68 @@
+"""What a fused step keeps and reports, and its loss scale."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class LossScale(NamedTuple):
+    """Dynamic loss scaling, for float16.
+
+    Attributes:
+      initial: the first scale.
+      factor: what it is divided by after an overflow, and multiplied with after a period without.
+      period: steps without overflow before it grows.
+    """
+
+    initial: float = 2.0**15
+    factor: float = 2.0
+    period: int = 2000
+
+
+class FusedState(NamedTuple):
+    """State of a fused step.
+
+    Attributes:
+      step: int32 scalar, the steps done; those that overflowed count too.
+      layers: the transformation's state for one layer, all arrays with the layers' axis in front.
+      rest: its state by key of the parameters outside of the layers.
+      scale: float32 scalar, the loss scale; 1 without one.
+      good: int32 scalar, steps since the scale has changed.
+    """
+
+    step: jax.Array
+    layers: Any
+    rest: dict[str, Any]
+    scale: jax.Array
+    good: jax.Array
+
+
+class FusedMetrics(NamedTuple):
+    """What a fused step reports, float32 scalars.
+
+    Attributes:
+      loss: before the update.
+      grad_norm: global norm of the gradients, before they are clipped by a norm; NaN if neither
+        needed nor asked for.
+      skipped: 1 if the step overflowed and changed nothing.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    skipped: jax.Array
+
+
+def next_scale(
+    how: LossScale | None, state: FusedState, good_step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss scale of the next step, and the steps since it changed."""
+    if how is None:
+        return state.scale, state.good
+    good = jnp.where(good_step, state.good + 1, 0)
+    grows = good >= how.period
+    scale = jnp.where(grows, state.scale * how.factor, state.scale)
+    scale = jnp.where(good_step, scale, jnp.maximum(state.scale / how.factor, 1.0))
+    return scale, jnp.where(grows, 0, good)
