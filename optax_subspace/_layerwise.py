@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import optax
 from optax_subspace._blocks import dequantize
 from optax_subspace._dependence import check_leaves_apart
 from optax_subspace._fused_state import FusedMetrics, FusedState, LossScale, next_scale
+from optax_subspace._parts import as_seen, init_part
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projectors._base import LAYER_AXIS, transformation
 from optax_subspace._rounding import apply_updates
@@ -60,8 +60,9 @@ def fused_backward(
     ``tx`` sees the parameters in parts: ``{layers: one layer}``, and each other top-level key on
     its own, with paths as in the whole tree. Rules on axes are those of one layer; counted from the
     end (``MatrixSpec(-2, -1)``) they serve stacks too. What ``tx`` does to one leaf must not depend
-    on another. Gradients are cast to float32 first; the state keeps its dtypes. Random numbers
-    differ from layer to layer; ``stagger`` spreads the refreshes of leaves, and not of layers.
+    on another. Gradients are cast to float32 first, and it sees weights in float16 as float32,
+    which its state has then; the state keeps its dtypes. Random numbers differ from layer to layer;
+    ``stagger`` spreads the refreshes of leaves, and not of layers.
 
     Micro-batches: with ``accumulate=`` of :func:`scale_by_subspace` each call is one of them, and
     the last of a step updates. Data parallelism: split the batch over a mesh axis; each layer's
@@ -124,25 +125,19 @@ def fused_backward(
         )
     two_passes = clip_norm is not None or loss_scale is not None
 
-    def init_part(params: Any) -> Any:
-        with warnings.catch_warnings():
-            # Rules for other parts match nothing here; the whole tree was looked at before.
-            warnings.filterwarnings("ignore", "the rule .* (matches no|has no effect)", UserWarning)
-            return tx.init(params)
-
     def init(params: Any) -> FusedState:
         stack, rest = parts_of_tree(params, layers)
         count = count_layers(stack, layers)
-        one = jax.eval_shape(lambda s: dequantize(slice_of(s, 0)), stack)
-        check_leaves_apart(tx, {layers: one, **jax.eval_shape(dequantize, rest)}, _REMEDY)
+        one = jax.eval_shape(lambda s: as_seen(slice_of(s, 0)), stack)
+        check_leaves_apart(tx, {layers: one, **jax.eval_shape(as_seen, rest)}, _REMEDY)
 
-        init_layer = lambda layer: init_part({layers: dequantize(layer)})
+        init_layer = lambda layer: init_part(tx, {layers: layer})
         state = jax.vmap(init_layer, axis_name=LAYER_AXIS, axis_size=count)(stack)
         _refuse_gradient_trees(state)
         return FusedState(
             step=jnp.zeros([], jnp.int32),
             layers=state,
-            rest={key: init_part({key: dequantize(part)}) for key, part in rest.items()},
+            rest={key: init_part(tx, {key: part}) for key, part in rest.items()},
             scale=jnp.asarray(loss_scale.initial if loss_scale else 1, jnp.float32),
             good=jnp.zeros([], jnp.int32),
         )
@@ -177,7 +172,7 @@ def fused_backward(
             run = lambda probes, rest, x: block(here.merge(probes, rest)[layers], x)
             *cotangents, dx = jax.vjp(run, here.probes, here.rest, saved)[1](dy)
             gradients, source = here.collect(*cotangents)
-            return gradients[layers], source, dx
+            return as_seen(gradients[layers]), source, dx
 
         def walk(parts_of: Any, visit: Any, carry: Any) -> tuple[Any, Any]:
             """``carry = visit(i, layer, gradients, source, carry)``, the last layer first.
@@ -233,7 +228,7 @@ def fused_backward(
                 if clip_layer_norm is not None:
                     norm = optax.tree.norm(gradients)
                     gradients = _scaled_to(gradients, norm, clip_layer_norm)
-                weights = {key: dequantize(params)}
+                weights = {key: as_seen(params)}
                 updates, new = tx.update({key: gradients}, inner, weights, **more)
                 new = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), new, inner)
                 return apply_updates(params, updates[key], key=draw), new

@@ -6,7 +6,11 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+
+from optax_subspace._projection import compute_dtype
 
 
 def lomo(
@@ -74,6 +78,7 @@ def adalomo(
     :math:`\hat V_t` comes from the running means of the squared gradient's rows and columns, which
     decay by :math:`1 - t^{-0.8}`; of vectors it is the running mean itself. Each leaf is taken for
     one matrix; :func:`fused_backward` takes stacks apart, whose layers share one scale otherwise.
+    Means and arithmetic are float32 for weights of 16 bits as well.
 
     Args:
       learning_rate: step size :math:`\eta`, a number or a schedule.
@@ -97,10 +102,33 @@ def adalomo(
       >>> state[0].v_row["w"].shape, state[0].v_col["w"].shape
       ((3,), (4,))
     """
-    return optax.chain(
+    tx = optax.chain(
         optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=1, epsilon=eps),
         optax.clip_by_block_rms(clip_threshold),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_param_block_rms(min_scale),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return in_float32(tx)
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``tx``, which sees leaves of 16 bits as float32, so that its state is; updates stay as given.
+
+    (Squares vanish in float16. In bfloat16 a mean stands still once it moves by less than 2^-9.)
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def wide(x: Any) -> Any:
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(compute_dtype(x.dtype)) if is_float else x
+
+    def init_fn(params):
+        return tx.init(jax.tree.map(wide, params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        gradients, weights = jax.tree.map(wide, (updates, params))
+        found, state = tx.update(gradients, state, weights, **extra_args)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), found, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

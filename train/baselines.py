@@ -9,6 +9,7 @@ import optax
 
 from models.llama import subspace_rules
 from optax_subspace import LeafPlan, plan
+from optax_subspace._lomo import in_float32
 from train.config import OptimizerConfig
 
 
@@ -26,7 +27,7 @@ def make(config: OptimizerConfig, schedule: Callable[[Any], jax.Array], fused: b
         case "adafactor":
             # Per layer, or the stacked norm scales would be taken for matrices.
             rms = optax.scale_by_factored_rms(min_dim_size_to_factor=32)
-            each = each_layer(optax.chain(rms, optax.clip_by_block_rms(1.0)))
+            each = each_layer(in_float32(optax.chain(rms, optax.clip_by_block_rms(1.0))))
             momentum = optax.ema(config.b1, debias=False)
             return optax.chain(each, momentum, *_ending(schedule, decay))
         case "lion":

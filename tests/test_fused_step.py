@@ -1,0 +1,94 @@
+"""The fused step on a model of a few numbers: dtypes, random numbers, states, inputs and errors."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_subspace as osub
+
+
+def embed(rest, batch):
+    return batch @ rest["embed"]["w"]
+
+
+def block(layer, x):
+    return x + jnp.tanh(x @ layer["w"])
+
+
+def loss(rest, x, batch):
+    del batch
+    return jnp.mean((x @ rest["head"]["w"]).astype(jnp.float32) ** 2)
+
+
+MODEL = embed, block, loss
+
+
+def params_in(dtype=jnp.float32, layers=3, width=6):
+    keys = jax.random.split(jax.random.key(0), 3)
+    tree = {
+        "embed": {"w": jax.random.normal(keys[0], (4, width))},
+        "layers": {"w": 0.3 * jax.random.normal(keys[1], (layers, width, width))},
+        "head": {"w": jax.random.normal(keys[2], (width,))},
+    }
+    # (Of float16 in all of them, so that they begin at the same weights.)
+    return jax.tree.map(lambda x: x.astype(jnp.float16).astype(dtype), tree)
+
+
+def batch_in(dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(3), (8, 4)).astype(dtype)
+
+
+def run(tx, steps, dtype=jnp.float32, **options):
+    """Parameters after some steps, the state before them, and the last metrics."""
+    fused, params = osub.fused_backward(*MODEL, tx, **options), params_in(dtype)
+    step, before = jax.jit(fused.step), fused.init(params)
+    state = before
+    for _ in range(steps):
+        params, state, metrics = step(params, state, batch_in(dtype))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
+    return params, before, metrics
+
+
+RULES = [("layers", osub.MatrixSpec(-2, -1))]
+
+
+@pytest.mark.parametrize(
+    ("tx", "options"),
+    [
+        (optax.adam(0.02), {}),
+        pytest.param(osub.adalomo(0.02), {}, marks=pytest.mark.slow),
+        pytest.param(
+            osub.galore(0.02, 2, rules=RULES), {"at_source": True}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["adam", "adalomo", "at the source"],
+)
+def test_steps_in_float16_are_near_those_in_float32(tx, options):
+    # A scale at which no gradient overflows, so that no step is left out.
+    how = osub.LossScale(initial=64.0)
+    ours, state, metrics = run(tx, 6, jnp.float16, loss_scale=how, **options)
+    theirs, expected, _ = run(tx, 6, loss_scale=how, **options)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, expected)
+    assert metrics.skipped == 0
+    assert {x.dtype for x in jax.tree.leaves(ours)} == {jnp.dtype(jnp.float16)}
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: x.astype(jnp.float32), ours), theirs, rtol=2e-2, atol=2e-2
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_adalomos_means_fall_in_sixteen_bits(dtype):
+    tx, weights = osub.adalomo(0.1), {"w": jnp.ones((4, 6), dtype), "b": jnp.ones(6, dtype)}
+    large = jax.tree.map(lambda w: jnp.full_like(w, 1e-3), weights)
+    _, state = tx.update(large, tx.init(weights), weights)
+    late = optax.tree.set(state, count=jnp.int32(20_000))
+    updates, after = tx.update(jax.tree.map(jnp.zeros_like, large), late, weights)
+    means = lambda state: [state[0].v_row["w"], state[0].v_col["w"], state[0].v["b"]]
+    for old, new in zip(means(late), means(after), strict=True):
+        assert new.dtype == jnp.float32
+        np.testing.assert_allclose(new, (1 - 20_001**-0.8) * old, rtol=1e-6)
+        assert jnp.all(new < old)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
