@@ -61,8 +61,8 @@ def fused_backward(
     its own, with paths as in the whole tree. Rules on axes are those of one layer; counted from the
     end (``MatrixSpec(-2, -1)``) they serve stacks too. What ``tx`` does to one leaf must not depend
     on another. Gradients are cast to float32 first, and it sees weights in float16 as float32,
-    which its state has then; the state keeps its dtypes. Random numbers differ from layer to layer;
-    ``stagger`` spreads the refreshes of leaves, and not of layers.
+    which its state has then; the state keeps its dtypes. Random numbers differ from part to part,
+    by the keys in the state; ``stagger`` spreads the refreshes of leaves, and not of layers.
 
     Micro-batches: with ``accumulate=`` of :func:`scale_by_subspace` each call is one of them, and
     the last of a step updates. Data parallelism: split the batch over a mesh axis; each layer's
@@ -131,13 +131,18 @@ def fused_backward(
         one = jax.eval_shape(lambda s: as_seen(slice_of(s, 0)), stack)
         check_leaves_apart(tx, {layers: one, **jax.eval_shape(as_seen, rest)}, _REMEDY)
 
-        init_layer = lambda layer: init_part(tx, {layers: layer})
+        def init_layer(layer: Any) -> Any:
+            return init_part(tx, {layers: layer}, jax.lax.axis_index(LAYER_AXIS))
+
         state = jax.vmap(init_layer, axis_name=LAYER_AXIS, axis_size=count)(stack)
         _refuse_gradient_trees(state)
         return FusedState(
             step=jnp.zeros([], jnp.int32),
             layers=state,
-            rest={key: init_part(tx, {key: part}) for key, part in rest.items()},
+            rest={
+                key: init_part(tx, {key: rest[key]}, number)
+                for key, number in _numbers(rest, count).items()
+            },
             scale=jnp.asarray(loss_scale.initial if loss_scale else 1, jnp.float32),
             good=jnp.zeros([], jnp.int32),
         )
@@ -252,7 +257,7 @@ def fused_backward(
             )
 
         new, states = dict(rest), dict(state.rest)
-        numbers = {key: count + i for i, key in enumerate(sorted(rest))}
+        numbers = _numbers(rest, count)
 
         def update_rest(gradients: dict[str, Any]) -> None:
             for key, found in gradients.items():
@@ -296,6 +301,11 @@ _REMEDY = (
     "give what needs all gradients at once to fused_backward, as clip_norm=, clip_layer_norm= or "
     "loss_scale=, or use a plain step"
 )
+
+
+def _numbers(rest: dict[str, Any], count: int) -> dict[str, int]:
+    """The numbers of the parts of the rest, after those of the layers."""
+    return {key: count + i for i, key in enumerate(sorted(rest))}
 
 
 def _refuse_gradient_trees(state: Any) -> None:

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_subspace._blocks import dequantize
+from optax_subspace._leaves import path_name
 from optax_subspace._projected import is_projected
+from optax_subspace._projection_state import ProjectionState
+from optax_subspace._quantize import QuantizedState
 
 
 def as_seen(tree: Any) -> Any:
@@ -30,9 +33,40 @@ def as_seen(tree: Any) -> Any:
     return jax.tree.map(widened, dequantize(tree), is_leaf=is_projected)
 
 
-def init_part(tx: optax.GradientTransformation, part: Any) -> Any:
-    """The state of one part."""
+def init_part(tx: optax.GradientTransformation, part: Any, number: Any) -> Any:
+    """The state of one part, with random keys of its own by the part's number."""
     with warnings.catch_warnings():
         # Rules for other parts match nothing here; the whole tree was looked at before.
         warnings.filterwarnings("ignore", "the rule .* (matches no|has no effect)", UserWarning)
-        return tx.init(as_seen(part))
+        state = tx.init(as_seen(part))
+    return _with_own_keys(state, number)
+
+
+def _with_own_keys(state: Any, number: Any) -> Any:
+    """A state whose random keys are folded with a number.
+
+    (But for this library's own, which differ from layer to layer by ``key_of``.)
+    """
+
+    def own(path, x):
+        if isinstance(x, QuantizedState):
+            return x._replace(inner=_with_own_keys(x.inner, number))
+        if isinstance(x, ProjectionState) or not _is_key(path, x):
+            return x
+        fold = lambda key: jax.random.fold_in(key, number)
+        for _ in range(x.ndim if _is_typed(x) else 0):
+            fold = jax.vmap(fold)
+        return fold(x)
+
+    stop = lambda x: isinstance(x, ProjectionState | QuantizedState)
+    return jax.tree_util.tree_map_with_path(own, state, is_leaf=stop)
+
+
+def _is_key(path: Any, x: Any) -> bool:
+    """Whether an array is a random key: by its type, or in the raw form by its name."""
+    named = path_name(path[-1:]) in ("key", "rng_key")
+    return _is_typed(x) or named and jnp.shape(x) == (2,) and x.dtype == jnp.uint32
+
+
+def _is_typed(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -92,3 +92,39 @@ def test_adalomos_means_fall_in_sixteen_bits(dtype):
         np.testing.assert_allclose(new, (1 - 20_001**-0.8) * old, rtol=1e-6)
         assert jnp.all(new < old)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+
+
+def keys_of(state):
+    """The random keys of the layers and of the rest, as tuples of numbers."""
+    found = [state.layers, *state.rest.values()]
+    keys = [optax.tree.get(part, "rng_key") for part in found]
+    words = [jax.random.key_data(k).reshape(-1, 2) for k in keys]
+    return [tuple(row) for row in np.concatenate(words).tolist()]
+
+
+@pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)], ids=["typed", "raw"])
+def test_random_keys_differ_from_part_to_part(key):
+    tx = optax.add_noise(1.0, 0.5, jax.random.key(0))
+    raw = optax.GradientTransformation(
+        lambda params: tx.init(params)._replace(rng_key=key), tx.update
+    )
+    params = params_in()
+    keys = keys_of(osub.fused_backward(*MODEL, raw).init(params))
+    assert len(keys) == len(set(keys)) == 5
+    # The library's own are those of the layer as before.
+    own = osub.scale_by_subspace(raw, rank=2, rules=RULES, projector=osub.random_projection())
+    stored = osub.quantize_state(own, stochastic_rounding=True)
+    alone = osub.fused_backward(*MODEL, osub.quantize_state(own)).init(params)
+    state = osub.fused_backward(*MODEL, stored).init(params)
+    assert len(set(keys_of(state))) == 5
+    rule = lambda state: jax.random.key_data(state.inner.projection.leaves["layers/w"].rule[0])
+    np.testing.assert_array_equal(rule(state.layers), rule(alone.layers))
+    assert len({tuple(k) for k in jax.random.key_data(state.layers.key).tolist()}) == 3
+
+
+def test_noise_differs_from_layer_to_layer():
+    fused = osub.fused_backward(*MODEL, optax.noisy_sgd(0.1, 1.0, 0.0, jax.random.key(0)))
+    flat = jax.tree.map(jnp.zeros_like, params_in())
+    after, _, _ = jax.jit(fused.step)(flat, fused.init(flat), batch_in())
+    layers = after["layers"]["w"]
+    assert jnp.all(layers[0] != layers[1]) and jnp.all(layers[1] != layers[2])
