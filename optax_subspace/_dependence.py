@@ -20,23 +20,32 @@ _NONE: _Leaves = frozenset()
 def check_leaves_apart(tx: optax.GradientTransformation, params: Any, remedy: str) -> None:
     """Raises if the update of one leaf depends on the gradient or weight of another.
 
+    It may do so by way of the state, at once or after some steps.
+
     Args:
       tx: the transformation.
       params: a tree; only shapes are read.
       remedy: the end of the message.
 
     Raises:
-      ValueError: naming the transformation that mixes leaves, and two of them.
+      ValueError: naming the transformation that mixes leaves, and two of them; or one that needs
+        more than gradients and weights.
     """
     tx = optax.with_extra_args_support(tx)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    state = jax.eval_shape(lambda p: tx.init(p), params)
-    traced = jax.make_jaxpr(lambda g, p, s: tx.update(g, s, p))(params, params, state)
+    made, state = jax.make_jaxpr(lambda p: tx.init(p), return_shape=True)(params)
+    try:
+        traced = jax.make_jaxpr(lambda g, p, s: tx.update(g, s, p))(params, params, state)
+    except TypeError as error:
+        if missing := _missing(error):
+            raise missing from None
+        raise
     count = len(jax.tree.leaves(params))
     own = [frozenset([i]) for i in range(count)]
-    in_state: list[_Leaves] = [_NONE] * len(jax.tree.leaves(state))
+    at_first: list[tuple[_Leaves, JaxprEqn]] = []
+    in_state = flow(made.jaxpr, own, at_first)
     while True:  # until the state depends on no more leaves than a step before
-        mixing: list[tuple[_Leaves, JaxprEqn]] = []
+        mixing = list(at_first)
         out = flow(traced.jaxpr, [*own, *own, *in_state], mixing)
         updates, after = out[:count], out[count:]
         grown = [a | b for a, b in zip(in_state, after, strict=True)]
@@ -52,6 +61,15 @@ def check_leaves_apart(tx: optax.GradientTransformation, params: Any, remedy: st
                 f"{culprit} mixes leaves: the update of {paths[i]} depends on {paths[other]}, "
                 f"whose gradient does not exist at the same time; {remedy}"
             )
+
+
+def _missing(error: TypeError) -> ValueError | None:
+    """What it means that an update misses an argument, if that is the error."""
+    found = re.match(r"(\w+).*\(\) missing \d+ required [\w -]*arguments?: (.*)", str(error))
+    return found and ValueError(
+        f"{found[1]} needs {found[2]} at each update, which the fused step does not hand on: set "
+        "the learning rate in the state between the steps, or use a plain step"
+    )
 
 
 def flow(
@@ -113,11 +131,11 @@ def _until_settled(step: Any, carry: list[_Leaves]) -> list[_Leaves]:
 
 
 def _name(eqn: JaxprEqn) -> str:
-    """The transformation within whose ``update_fn`` an equation was traced, innermost first."""
+    """The innermost transformation in whose ``init`` or ``update`` an equation was traced."""
     traceback = eqn.source_info.traceback
     frames: Sequence[Any] = traceback.frames if traceback is not None else ()
     for frame in frames:
-        found = re.search(r"(\w+)\.<locals>\.update(_fn)?$", frame.function_name)
+        found = re.search(r"(\w+)\.<locals>\.(init|update)(_fn)?$", frame.function_name)
         if found:
             return found[1]
     return ""

@@ -128,3 +128,40 @@ def test_noise_differs_from_layer_to_layer():
     after, _, _ = jax.jit(fused.step)(flat, fused.init(flat), batch_in())
     layers = after["layers"]["w"]
     assert jnp.all(layers[0] != layers[1]) and jnp.all(layers[1] != layers[2])
+
+
+def shared_norm():
+    """As a transformation of one's own would be written."""
+
+    def init_fn(params):
+        return optax.tree.norm(params)
+
+    return optax.GradientTransformation(
+        init_fn, lambda g, s, p=None: (jax.tree.map(lambda x: -x / s, g), s)
+    )
+
+
+@pytest.mark.parametrize(
+    ("tx", "name"),
+    [
+        (shared_norm(), "shared_norm"),
+        (shared_norm()._replace(init=optax.tree.norm), "the transformation"),
+    ],
+)
+def test_leaves_that_are_mixed_at_the_beginning_are_found(tx, name):
+    with pytest.raises(ValueError, match=f"^{name} mixes leaves: the update of embed/w"):
+        osub.fused_backward(*MODEL, tx).init(params_in())
+
+
+@pytest.mark.parametrize(
+    ("tx", "message"),
+    [
+        (optax.contrib.reduce_on_plateau(), "reduce_on_plateau needs 'value' .*plain step"),
+        (optax.polyak_sgd(), "scale_by_polyak needs 'value'"),
+        (optax.lbfgs(), "scale_by_zoom_linesearch needs 'value', 'grad'"),
+    ],
+    ids=["plateau", "polyak", "lbfgs"],
+)
+def test_what_needs_more_than_gradients_is_refused(tx, message):
+    with pytest.raises(ValueError, match=message):
+        osub.fused_backward(*MODEL, tx).init(params_in())
