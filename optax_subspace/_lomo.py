@@ -53,9 +53,21 @@ def decays(weight_decay: Any) -> bool:
 
 def decay_of(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """Decoupled decay; of zero nothing, so that updates need no parameters."""
-    return (
-        optax.add_decayed_weights(weight_decay, mask) if decays(weight_decay) else optax.identity()
-    )
+    if not decays(weight_decay):
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay, _of_parts(mask))
+
+
+def _of_parts(mask: Any) -> Any:
+    """A mask that also serves parts of the tree that it is of, as ``fused_backward`` has them."""
+    if not isinstance(mask, dict):
+        return mask
+
+    def of(params):
+        is_part = isinstance(params, dict) and params.keys() < mask.keys()
+        return {key: mask[key] for key in params} if is_part else mask
+
+    return of
 
 
 def adalomo(
@@ -105,7 +117,7 @@ def adalomo(
     tx = optax.chain(
         optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=1, epsilon=eps),
         optax.clip_by_block_rms(clip_threshold),
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, _of_parts(mask)),
         optax.scale_by_param_block_rms(min_scale),
         optax.scale_by_learning_rate(learning_rate),
     )

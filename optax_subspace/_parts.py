@@ -34,12 +34,28 @@ def as_seen(tree: Any) -> Any:
 
 
 def init_part(tx: optax.GradientTransformation, part: Any, number: Any) -> Any:
-    """The state of one part, with random keys of its own by the part's number."""
+    """The state of one part, with random keys of its own by the part's number.
+
+    Its arrays are its own too, so that it can be donated: a state may hold an array that the user
+    has, or a weight.
+
+    Raises:
+      ValueError: ``tx`` can't be initialised on a part, where it was on the whole tree.
+    """
     with warnings.catch_warnings():
         # Rules for other parts match nothing here; the whole tree was looked at before.
         warnings.filterwarnings("ignore", "the rule .* (matches no|has no effect)", UserWarning)
-        state = tx.init(as_seen(part))
-    return _with_own_keys(state, number)
+        try:
+            state = tx.init(as_seen(part))
+        except (ValueError, KeyError) as error:
+            (key,) = part
+            raise ValueError(
+                "fused_backward: tx can be initialised on the whole tree of parameters, and not on "
+                f"{{{key!r}: ...}} alone, of which it sees one at a time: give a mask or labels as "
+                "a function of what it sees, mask=lambda params: jax.tree.map(..., params), not "
+                f"those of the whole tree ({str(error).splitlines()[0]})"
+            ) from error
+    return jax.tree.map(jnp.copy, _with_own_keys(state, number))
 
 
 def _with_own_keys(state: Any, number: Any) -> Any:

@@ -1,11 +1,15 @@
 """The fused step on a model of a few numbers: dtypes, random numbers, states, inputs and errors."""
 
+import collections
+
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optax_subspace as osub
 
@@ -165,3 +169,79 @@ def test_leaves_that_are_mixed_at_the_beginning_are_found(tx, name):
 def test_what_needs_more_than_gradients_is_refused(tx, message):
     with pytest.raises(ValueError, match=message):
         osub.fused_backward(*MODEL, tx).init(params_in())
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(
+            optax.add_noise(0.1, 0.5, jax.random.key(0)),
+            optax.inject_hyperparams(optax.sgd)(learning_rate=jnp.float32(0.1)),
+        ),
+        # Its state is the weights.
+        optax.GradientTransformation(lambda params: params, lambda g, s, p=None: (g, s)),
+    ],
+    ids=["user's", "weights"],
+)
+def test_states_can_be_donated_whatever_arrays_they_were_made_of(tx):
+    fused, params = osub.fused_backward(*MODEL, tx), params_in()
+    step = jax.jit(fused.step, donate_argnums=(0, 1))
+    step(params, fused.init(params), batch_in())
+    # The user's arrays are still there.
+    fused.init(params_in())
+
+
+MASKED = {
+    "lomo": osub.lomo,
+    "adalomo": osub.adalomo,
+    "galore": osub.galore,
+    "osd": osub.online_subspace_descent,
+    "apollo": osub.apollo,
+    "fira": osub.fira,
+    "adamw8bit": osub.adamw8bit,
+}
+
+
+def all_but_head():
+    return {"embed": {"w": True}, "layers": {"w": True}, "head": {"w": False}}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_that_are_trees_serve_parts_too(name):
+    whole = MASKED[name](0.1, weight_decay=0.1, mask=all_but_head())
+    parts = MASKED[name](0.1, weight_decay=0.1, mask=lambda p: {k: {"w": k != "head"} for k in p})
+    params = params_in()
+    for key in params:
+        part = {key: params[key]} if key != "layers" else {key: {"w": params[key]["w"][0]}}
+        ours, _ = whole.update(part, whole.init(part), part)
+        theirs, _ = parts.update(part, parts.init(part), part)
+        chex.assert_trees_all_equal(ours, theirs)
+    osub.fused_backward(*MODEL, whole).init(params)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.masked(optax.sgd(0.1), all_but_head()),
+        optax.adamw(0.1, mask=lambda _: all_but_head()),
+        optax.multi_transform({True: optax.sgd(0.1), False: optax.adam(0.1)}, all_but_head()),
+        optax.masked(optax.sgd(0.1), lambda params: {k: k != "head" for k in [*params, "head"]}),
+    ],
+)
+def test_masks_of_the_whole_tree_are_refused_with_the_remedy(tx):
+    with pytest.raises(ValueError, match=r"not on \{'layers': ...\} alone.*mask=lambda params:"):
+        osub.fused_backward(*MODEL, tx).init(params_in())
+
+
+def test_parameters_in_other_containers_are_refused_by_name():
+    init, params = osub.fused_backward(*MODEL, optax.sgd(0.1)).init, params_in()
+    with pytest.raises(ValueError, match=r"type FrozenDict.*flax\.core\.unfreeze\(params\)"):
+        init(flax.core.freeze(params))
+    with pytest.raises(ValueError, match=r"type State.*nnx\.to_pure_dict\(params\)"):
+        init(nnx.State(params))
+    with pytest.raises(ValueError, match=r"type OrderedDict.*dict\(params\)"):
+        init(collections.OrderedDict(params))
+    with pytest.raises(ValueError, match=r"list under 'layers': .*jnp\.stack"):
+        init({**params, "layers": [{"w": jnp.eye(6)}, {"w": jnp.eye(6)}]})
+    with pytest.raises(ValueError, match="apply_every keeps a whole gradient tree"):
+        osub.fused_backward(*MODEL, optax.apply_every(2)).init(params)
