@@ -76,7 +76,8 @@ def fused_backward(
       layers: key of the stack, whose arrays have the layers' axis in front. Weights in int8 are
         stored layer by layer: ``jax.vmap(quantize_weights)(params[layers])``.
       clip_norm: greatest global norm, of gradients that are clipped by value first if that is asked
-        too. The backward pass then runs twice, as in LOMO: for the norm, and for the updates.
+        too; of each micro-batch, if ``tx`` accumulates. The backward pass then runs twice, as in
+        LOMO: for the norm, and for the updates.
       clip_layer_norm: greatest norm of the gradients of a layer, or of a key of the rest.
       clip_value: greatest magnitude of an entry.
       grad_norm: report the global norm in the one pass that there is without the two options that
@@ -95,9 +96,11 @@ def fused_backward(
       :class:`FusedState` and :class:`FusedMetrics`.
 
     Raises:
-      ValueError: at ``init``, ``tx`` mixes leaves, or keeps a gradient tree as
-        ``optax.MultiSteps`` does; the parameters have no such key; the layers' first axes differ;
-        a weight in int8 was not stored layer by layer. At once, ``at_source`` without ``remat``.
+      ValueError: at ``init``, ``tx`` mixes leaves, needs more than gradients and weights, keeps a
+        gradient tree as ``optax.MultiSteps`` does, or has a mask of the whole tree (those of this
+        library's optimizers may be, as a dict); the parameters are no plain dict or have no such
+        key; the layers are a list, or their first axes differ; a weight in int8 was not stored
+        layer by layer. At once, ``at_source`` without ``remat``.
 
     References:
       Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023, algorithm 1 and section 3.3.
@@ -309,12 +312,13 @@ def _numbers(rest: dict[str, Any], count: int) -> dict[str, int]:
 
 
 def _refuse_gradient_trees(state: Any) -> None:
-    is_multi = lambda x: isinstance(x, optax.MultiStepsState)
-    if any(map(is_multi, jax.tree.leaves(state, is_leaf=is_multi))):
+    kinds = {optax.MultiStepsState: "MultiSteps", optax.ApplyEvery: "apply_every"}
+    is_one = lambda x: type(x) in kinds
+    for node in filter(is_one, jax.tree.leaves(state, is_leaf=is_one)):
         raise ValueError(
-            "MultiSteps keeps a whole gradient tree, which the fused backward pass is there to "
-            "avoid: accumulate in the subspace, scale_by_subspace(..., accumulate=k), or use "
-            "larger batches"
+            f"{kinds[type(node)]} keeps a whole gradient tree, which the fused backward pass is "
+            "there to avoid: accumulate in the subspace, scale_by_subspace(..., accumulate=k), or "
+            "use larger batches"
         )
 
 

@@ -84,11 +84,21 @@ class Stack:
 
 def parts_of_tree(params: Any, layers: str) -> tuple[Any, dict[str, Any]]:
     """The stack and the rest."""
-    if not isinstance(params, dict) or layers not in params:
-        keys = ", ".join(map(repr, params)) if isinstance(params, dict) else type(params).__name__
+    if type(params) is not dict:
         raise ValueError(
-            f"fused_backward: the parameters have no key {layers!r}, but {keys}: name the key of "
-            "the stack by layers="
+            f"fused_backward: the parameters are of type {type(params).__name__}, which it can't "
+            "take apart: give a plain dict, such as flax.core.unfreeze(params), "
+            "nnx.to_pure_dict(params) or dict(params)"
+        )
+    if layers not in params:
+        raise ValueError(
+            f"fused_backward: the parameters have no key {layers!r}, but "
+            f"{', '.join(map(repr, params))}: name the key of the stack by layers="
+        )
+    if isinstance(params[layers], list):
+        raise ValueError(
+            f"fused_backward: the parameters have a list under {layers!r}: stack the layers, "
+            "jax.tree.map(lambda *x: jnp.stack(x), *layers)"
         )
     return params[layers], {key: part for key, part in params.items() if key != layers}
 
