@@ -31,6 +31,8 @@ class FusedState(NamedTuple):
       rest: its state by key of the parameters outside of the layers.
       scale: float32 scalar, the loss scale; 1 without one.
       good: int32 scalar, steps since the scale has changed.
+      skipped: int32 scalar, the steps that overflowed: the transformation has seen the others, and
+        its schedules count them alone.
     """
 
     step: jax.Array
@@ -38,6 +40,7 @@ class FusedState(NamedTuple):
     rest: dict[str, Any]
     scale: jax.Array
     good: jax.Array
+    skipped: jax.Array
 
 
 class FusedMetrics(NamedTuple):
@@ -46,13 +49,18 @@ class FusedMetrics(NamedTuple):
     Attributes:
       loss: before the update.
       grad_norm: global norm of the gradients, before they are clipped by a norm; NaN if neither
-        needed nor asked for.
-      skipped: 1 if the step overflowed and changed nothing.
+        needed nor asked for, and infinite where squares of finite gradients overflow, which a clip
+        by the norm makes zero.
+      skipped: 1 if a gradient was not finite under a loss scale, so that the step changed nothing.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     skipped: jax.Array
+
+
+def all_finite(gradients: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradients)]))
 
 
 def next_scale(

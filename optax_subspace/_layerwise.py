@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,13 @@ import optax
 
 from optax_subspace._blocks import dequantize
 from optax_subspace._dependence import check_leaves_apart
-from optax_subspace._fused_state import FusedMetrics, FusedState, LossScale, next_scale
+from optax_subspace._fused_state import (
+    FusedMetrics,
+    FusedState,
+    LossScale,
+    all_finite,
+    next_scale,
+)
 from optax_subspace._parts import as_seen, init_part
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projectors._base import LAYER_AXIS, transformation
@@ -100,7 +107,8 @@ def fused_backward(
         gradient tree as ``optax.MultiSteps`` does, or has a mask of the whole tree (those of this
         library's optimizers may be, as a dict); the parameters are no plain dict or have no such
         key; the layers are a list, or their first axes differ; a weight in int8 was not stored
-        layer by layer. At once, ``at_source`` without ``remat``.
+        layer by layer. At once, ``at_source`` without ``remat``, or a number to clip to that is
+        not positive.
 
     References:
       Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023, algorithm 1 and section 3.3.
@@ -126,6 +134,12 @@ def fused_backward(
             "fused_backward: at_source=True computes each block anew in the backward pass: leave "
             "out remat=False"
         )
+    clips = {"clip_norm": clip_norm, "clip_layer_norm": clip_layer_norm, "clip_value": clip_value}
+    for name, value in clips.items():
+        if isinstance(value, Real) and not value > 0:
+            raise ValueError(
+                f"fused_backward: {name} must be positive, got {value}: leave it out not to clip"
+            )
     two_passes = clip_norm is not None or loss_scale is not None
 
     def init(params: Any) -> FusedState:
@@ -148,6 +162,7 @@ def fused_backward(
             },
             scale=jnp.asarray(loss_scale.initial if loss_scale else 1, jnp.float32),
             good=jnp.zeros([], jnp.int32),
+            skipped=jnp.zeros([], jnp.int32),
         )
 
     def step(params: Any, state: FusedState, batch: Any) -> tuple[Any, FusedState, FusedMetrics]:
@@ -212,12 +227,20 @@ def fused_backward(
 
         squared = lambda gradients: optax.tree.norm(wide(gradients), squared=True)
         total = squared(only_end) if two_passes or grad_norm else jnp.float32(0)
+        # (Not by the norm, which is infinite too where squares of finite gradients overflow.)
+        check = all_finite if loss_scale is not None else lambda gradients: True
+        finite = jnp.bool_(True) & check(only_end)
         if two_passes:
-            add = lambda i, layer, gradients, source, total: total + squared(gradients)
-            total, start = walk(lambda _: (stack, state.layers), add, total)
-            total += squared(start_gradients(start))
+
+            def add(i, layer, gradients, source, found):
+                total, finite = found
+                return total + squared(gradients), finite & check(gradients)
+
+            (total, finite), start = walk(lambda _: (stack, state.layers), add, (total, finite))
+            ends = start_gradients(start)
+            total, finite = total + squared(ends), finite & check(ends)
         # (Else true as well, but no constant: see below.)
-        enabled = jnp.isfinite(total) if loss_scale is not None else state.step >= 0
+        enabled = finite if loss_scale is not None else state.step >= 0
 
         def update(
             key: str, number: Any, params: Any, gradients: Any, inner: Any, source: Any = None
@@ -291,9 +314,10 @@ def fused_backward(
         norm = jnp.sqrt(total)
         metrics = FusedMetrics(value.astype(jnp.float32), norm, (~enabled).astype(jnp.float32))
         scale, good = next_scale(loss_scale, state, enabled)
+        skipped = state.skipped + (~enabled).astype(jnp.int32)
         return (
             {**new, layers: stack},
-            FusedState(state.step + 1, inner, states, scale, good),
+            FusedState(state.step + 1, inner, states, scale, good, skipped),
             metrics,
         )
 

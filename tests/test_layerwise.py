@@ -306,7 +306,7 @@ def test_float16_with_a_loss_scale():
     assert 0 < used < 12 and scales[used] == scales[used - 1]
     assert max(scales[used:]) > scales[used]  # grown after three good steps
     assert now["layers"]["q"]["kernel"].dtype == jnp.float16
-    assert int(state.step) == 16
+    assert int(state.step) == 16 and int(state.skipped) == sum(skipped)
     chex.assert_tree_all_finite(now)
 
 

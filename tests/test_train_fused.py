@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from models import llama, lora
 from models.config import LlamaConfig
-from optax_subspace import QuantizedWeight, dequantize
+from optax_subspace import FusedState, LossScale, QuantizedWeight, dequantize
 from tests.train_helpers import batch_shapes, pair
 from train import gradient, memory, step
 from train.config import Config, LoraConfig, OptimizerConfig, resolve
@@ -70,6 +71,27 @@ def test_fused_steps_equal_plain_ones(name, remat):
         ]
         np.testing.assert_allclose(energies[0][:4], energies[1][:4], rtol=1e-5)
         assert float(energies[0].kinetic) > 0
+
+
+@pytest.mark.slow
+def test_the_rate_that_is_logged_is_that_of_the_update_after_overflows(monkeypatch):
+    monkeypatch.setattr(step, "LossScale", lambda: LossScale(initial=2.0**40, factor=2.0**12))
+    model = dataclasses.replace(MODEL, dtype="float16")
+    _, state, metrics, optimizer = train("lomo", True, model=model)
+    skipped = int(state.opt_state.skipped)
+    assert 0 < skipped < 6 and metrics.skipped == 0
+    assert step.updates_done(state) == 6 - skipped
+    counts = optax.tree.get_all_with_path(state.opt_state.layers, "count")
+    assert all(np.all(count == 6 - skipped) for _, count in counts)
+    assert float(metrics.learning_rate) == float(optimizer.schedule(6 - skipped - 1))
+
+
+def test_updates_done_are_the_steps_that_did_not_overflow():
+    at = lambda skipped: FusedState(jnp.int32(20), (), {}, jnp.ones([]), jnp.zeros([]), skipped)
+    state = lambda opt_state: step.State(jnp.int32(10), {}, opt_state)
+    assert step.updates_done(state(at(3))) == 7
+    assert step.updates_done(state(at(3)), 2) == 8
+    assert step.updates_done(state(())) == 10
 
 
 @pytest.mark.parametrize(

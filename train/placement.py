@@ -47,6 +47,7 @@ def _of_fused(tx: optax.GradientTransformation, arrays: Any, mesh: Mesh) -> Fuse
         rest={key: of_part({key: part}) for key, part in arrays.items() if key != "layers"},
         scale=number,
         good=number,
+        skipped=number,
     )
 
 

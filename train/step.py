@@ -9,6 +9,7 @@ import optax
 from models import factored, llama, lora
 from models.config import LlamaConfig
 from optax_subspace import (
+    FusedState,
     FusedStep,
     Hamiltonian,
     LossScale,
@@ -150,7 +151,7 @@ def make_train_step(
     def fused_train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         assert fused is not None
         step: Any = fused.step
-        carry = state.params, state.opt_state
+        carry, count = (state.params, state.opt_state), 1
         if is_divided(batch, work.micro_batch_size):
 
             def one(carry: Any, part: Weighted) -> tuple[Any, Any]:
@@ -158,13 +159,14 @@ def make_train_step(
                 return (params, opt_state), found
 
             parts = micro_batches(batch, work.micro_batch_size)
+            count = parts.weight.shape[0]
             carry, each = jax.lax.scan(one, carry, parts)
             mean = jax.tree.map(lambda x: jnp.mean(x), each._replace(grad_norm=each.grad_norm**2))
             found = mean._replace(grad_norm=jnp.sqrt(mean.grad_norm))
         else:
             params, opt_state, found = step(*carry, batch)
             carry = params, opt_state
-        rate = optimizer.schedule(state.step)
+        rate = optimizer.schedule(updates_done(state, count))
         metrics = Metrics(found.loss, found.grad_norm, rate, found.skipped)
         return State(state.step + 1, *carry), metrics
 
@@ -182,6 +184,13 @@ def make_train_step(
     out = None if shardings is None else (shardings, everywhere(work))
     step = fused_train_step if fused else train_step
     return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def updates_done(state: State, micro_batches: int = 1) -> jax.Array:
+    """The updates so far, which schedules count: the steps, without those that overflowed."""
+    if not isinstance(state.opt_state, FusedState):
+        return state.step
+    return (state.step * micro_batches - state.opt_state.skipped) // micro_batches
 
 
 def everywhere(work: Work) -> Any:
@@ -222,7 +231,7 @@ def make_hamiltonian_step(optimizer: Optimizer, work: Work = ALONE) -> Any:
     """A jitted function of the state after a step and of the loss there: its energy."""
 
     def hamiltonian_step(state: State, loss: jax.Array) -> Hamiltonian:
-        rate = optimizer.schedule(state.step - 1)
+        rate = optimizer.schedule(updates_done(state) - 1)
         params, tx, kinetic = dequantize(state.params), optimizer.tx, optimizer.kinetic
         return hamiltonian(loss, state.opt_state, tx, params, rate, kinetic=kinetic)
 
