@@ -60,15 +60,20 @@ def _fused_forward(chunk, x, kernel, targets, weights):
 
     start = (jnp.float32(0), jnp.zeros(kernel.shape, jnp.float32))
     (total, dkernel), (dx, nll) = jax.lax.scan(add, start, _chunks(chunk, x, targets, weights))
-    return total, (dx.reshape(x.shape), dkernel.astype(kernel.dtype), nll.reshape(-1))
+    if kernel.dtype != jnp.float16:
+        dkernel = dkernel.astype(kernel.dtype)
+    # (In float16 this sum over all tokens may overflow where their mean does not; the empty array
+    # tells the dtype that the gradient has in the end.)
+    dtype = jnp.zeros(0, kernel.dtype)
+    return total, (dx.reshape(x.shape), dkernel, nll.reshape(-1), dtype)
 
 
 def _fused_backward(chunk, residuals, cotangent):
     del chunk
-    dx, dkernel, nll = residuals
+    dx, dkernel, nll, dtype = residuals
     return (
         (dx * cotangent).astype(dx.dtype),
-        (dkernel * cotangent).astype(dkernel.dtype),
+        (dkernel * cotangent).astype(dtype.dtype),
         None,
         nll * cotangent,
     )

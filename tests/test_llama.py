@@ -431,6 +431,16 @@ class TestLoss:
 
         close(both(losses.fused), both(losses.logits), 1e-5)
 
+    def test_a_sum_over_tokens_beyond_float16_has_a_finite_mean(self):
+        size = 512
+        x, kernel = jnp.full((size, 4), 300, jnp.float16), jnp.zeros((4, 8), jnp.float16)
+        targets, weights = jnp.zeros(size, jnp.int32), jnp.ones(size)
+        mean = lambda kernel: losses.fused(x, kernel, targets, weights) / size
+        found = jax.jit(jax.grad(mean))(kernel)
+        assert found.dtype == jnp.float16
+        expected = jnp.broadcast_to(300 * (1 / 8 - (jnp.arange(8) == 0)), (4, 8))
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+
     @pytest.mark.parametrize("name", [pytest.param("logits", marks=pytest.mark.slow), "fused"])
     def test_mask(self, name):
         config = dataclasses.replace(SHALLOW, loss=name)
