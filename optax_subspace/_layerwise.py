@@ -77,7 +77,8 @@ def fused_backward(
 
     Args:
       embed: ``(rest, batch) -> x``; ``rest`` is the parameters without the layers.
-      block: ``(layer, x) -> x``, ``x`` any tree of arrays.
+      block: ``(layer, x) -> x``, ``x`` any tree of arrays, positions, masks and random keys among
+        them.
       loss: ``(rest, x, batch) -> mean loss``, a scalar.
       tx: any transformation that keeps leaves apart.
       layers: key of the stack, whose arrays have the layers' axis in front. Weights in int8 are
@@ -189,7 +190,7 @@ def fused_backward(
         def gradient(layer: Any, inner: Any, saved: Any, dy: Any) -> tuple[Any, Any, Any]:
             """A layer's gradients, what was found for its bases, and its input's cotangent."""
             if not at_source:
-                gradients, dx = blocks.gradient(dequantize(layer), saved, dy)
+                gradients, dx = blocks.gradient(dequantize(layer), saved, dy, x)
                 return gradients, None, dx
             here = AtSource(tx, {layers: dequantize(layer)}, inner, refresh=True)
             run = lambda probes, rest, x: block(here.merge(probes, rest)[layers], x)

@@ -44,19 +44,21 @@ class Stack:
 
         return jax.lax.scan(one, x, layers)
 
-    def gradient(self, weights: Any, saved: Any, dy: Any) -> tuple[Any, Any]:
+    def gradient(self, weights: Any, saved: Any, dy: Any, like: Any) -> tuple[Any, Any]:
         """The cotangents of one block's weights and of its input.
 
         Args:
           weights: the layer's, as arrays.
           saved: its slice of what :meth:`forward` has kept.
           dy: cotangent of the block's output.
+          like: arrays of the shapes and dtypes of the block's input, which those of ``dy`` are not
+            where there are integers among them.
         """
         if self.remat:
             return jax.vjp(self.block, weights, saved)[1](dy)
         # The residuals that follow from weights are computed anew; those of this stand-in for the
         # input are replaced, and so never computed.
-        x = jax.tree.map(jnp.zeros_like, dy)
+        x = jax.tree.map(jnp.zeros_like, like)
         residuals, structure = jax.tree.flatten(jax.vjp(self.block, weights, x)[1])
         for value, indices in zip(saved, self._kept_of_one(weights, x), strict=True):
             for i in indices:

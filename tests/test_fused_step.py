@@ -257,3 +257,46 @@ def test_numbers_to_clip_to_are_positive(name):
         with pytest.raises(ValueError, match=f"{name} must be positive, got {value}: leave it out"):
             osub.fused_backward(*MODEL, optax.sgd(0.1), **{name: value})
     osub.fused_backward(*MODEL, optax.sgd(0.1), **{name: jnp.float32(1)})
+
+
+def with_more(random):
+    """A model whose blocks hand on the rows' numbers, which of them count, and a random key."""
+
+    def first(rest, batch):
+        rows = jnp.arange(len(batch))
+        h = {"x": embed(rest, batch), "row": rows, "counts": rows < 5}
+        return {**h, "key": jax.random.key(0)} if random else h
+
+    def middle(layer, h):
+        kept, more = h["counts"][:, None], {}
+        if random:
+            key, draw = jax.random.split(h["key"])
+            kept &= jax.random.bernoulli(draw, 0.8, h["x"].shape)
+            more = {"key": key}
+        y = block(layer, h["x"]) * jnp.cos(h["row"])[:, None]
+        return {**h, **more, "x": jnp.where(kept, y, h["x"]), "row": h["row"] + 1}
+
+    return first, middle, lambda rest, h, batch: loss(rest, h["x"], batch)
+
+
+@pytest.mark.parametrize(
+    ("random", "remat"),
+    [(False, False), *(pytest.param(True, x, marks=pytest.mark.slow) for x in (True, False))],
+)
+def test_blocks_may_hand_on_integers_masks_and_keys(random, remat):
+    first, middle, last = with_more(random)
+
+    def total(params):
+        h, _ = jax.lax.scan(
+            lambda h, layer: (middle(layer, h), None), first(params, batch_in()), params["layers"]
+        )
+        return last(params, h, batch_in())
+
+    params = params_in()
+    value, gradients = jax.jit(jax.value_and_grad(total))(params)
+    fused = osub.fused_backward(first, middle, last, optax.sgd(1.0), remat=remat)
+    after, _, metrics = jax.jit(fused.step)(params, fused.init(params), batch_in())
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
+    chex.assert_trees_all_close(
+        after, jax.tree.map(lambda p, g: p - g, params, gradients), rtol=1e-4, atol=1e-5
+    )
