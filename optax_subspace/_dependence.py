@@ -65,7 +65,8 @@ def check_leaves_apart(tx: optax.GradientTransformation, params: Any, remedy: st
 
 def _missing(error: TypeError) -> ValueError | None:
     """What it means that an update misses an argument, if that is the error."""
-    found = re.match(r"(\w+).*\(\) missing \d+ required [\w -]*arguments?: (.*)", str(error))
+    pattern = r"(\S+?)(?:\.<locals>\S*)?\(\) missing \d+ required keyword-only arguments?: (.*)"
+    found = re.search(pattern, str(error))
     return found and ValueError(
         f"{found[1]} needs {found[2]} at each update, which the fused step does not hand on: set "
         "the learning rate in the state between the steps, or use a plain step"
