@@ -44,7 +44,8 @@ def init_part(tx: optax.GradientTransformation, part: Any, number: Any) -> Any:
     """
     with warnings.catch_warnings():
         # Rules for other parts match nothing here; the whole tree was looked at before.
-        warnings.filterwarnings("ignore", "the rule .* (matches no|has no effect)", UserWarning)
+        for known in ("the rule .* (matches no|has no effect)", "no parameter is projected"):
+            warnings.filterwarnings("ignore", known, UserWarning)
         try:
             state = tx.init(as_seen(part))
         except (ValueError, KeyError) as error:
