@@ -54,7 +54,7 @@ def init_part(tx: optax.GradientTransformation, part: Any, number: Any) -> Any:
                 "fused_backward: tx can be initialised on the whole tree of parameters, and not on "
                 f"{{{key!r}: ...}} alone, of which it sees one at a time: give a mask or labels as "
                 "a function of what it sees, mask=lambda params: jax.tree.map(..., params), not "
-                f"those of the whole tree ({str(error).splitlines()[0]})"
+                f"those of the whole tree ({str(error).strip().partition(chr(10))[0]})"
             ) from error
     return jax.tree.map(jnp.copy, _with_own_keys(state, number))
 
