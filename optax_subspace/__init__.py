@@ -31,7 +31,7 @@ from optax_subspace._layerwise import (
     fused_backward,
 )
 from optax_subspace._leaves import LeafPlan, MatrixSpec
-from optax_subspace._lomo import adalomo, lomo
+from optax_subspace._lomo import adalomo, in_float32, lomo
 from optax_subspace._metrics import SubspaceMetrics, subspace_metrics
 from optax_subspace._plan import plan
 from optax_subspace._projected import Projected, SourceBasis
@@ -98,6 +98,7 @@ __all__ = [
     "hamiltonian",
     "heavy_ball",
     "history_pca",
+    "in_float32",
     "in_subspace",
     "lion_k",
     "lion_kinetic",

@@ -125,9 +125,23 @@ def adalomo(
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``tx``, which sees leaves of 16 bits as float32, so that its state is; updates stay as given.
+    """Shows leaves of 16 bits to a transformation as float32, so that its state is float32.
 
-    (Squares vanish in float16. In bfloat16 a mean stands still once it moves by less than 2^-9.)
+    Of optax's transformations many keep second moments in the weights' dtype. Squares vanish in
+    float16, and in bfloat16 a mean stands still once it moves by less than 2^-9 of itself.
+
+    Args:
+      tx: any transformation.
+
+    Returns:
+      One whose updates have the dtypes of the gradients, as those of ``tx`` have.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx, params = in_float32(optax.scale_by_rms()), {"w": jnp.ones(2, jnp.bfloat16)}
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> str(state.nu["w"].dtype), str(updates["w"].dtype)
+      ('float32', 'bfloat16')
     """
     tx = optax.with_extra_args_support(tx)
 

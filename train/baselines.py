@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from models.llama import subspace_rules
-from optax_subspace import LeafPlan, plan
-from optax_subspace._lomo import in_float32
+from optax_subspace import LeafPlan, in_float32, plan
 from train.config import OptimizerConfig
 
 
