@@ -38,7 +38,9 @@ def run(tx, params, steps=4, update=None):
     return params, state
 
 
-@pytest.mark.parametrize("rank", [1, 4, 15, 128])
+@pytest.mark.parametrize(
+    "rank", [*(pytest.param(r, marks=pytest.mark.slow) for r in (1, 15)), 4, 128]
+)
 def test_equals_the_pure_form_and_moments_have_subspace_shape(rank):
     params = trees.params()
     pure = optax.chain(

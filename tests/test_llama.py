@@ -304,10 +304,9 @@ class TestForms:
     @pytest.mark.parametrize(
         "change",
         [
-            {"unroll": 1},
             *(
                 pytest.param(change, marks=pytest.mark.slow)
-                for change in ({"remat": True}, {"num_layers": 5, "unroll": 2})
+                for change in ({"unroll": 1}, {"remat": True}, {"num_layers": 5, "unroll": 2})
             ),
             {"remat": True, "unroll": 1},
             {"attention": "dot_product", "tie_embeddings": True, "loss": "fused"},

@@ -446,7 +446,7 @@ def test_schedule_by_hand():
     [
         *((n, "") for n in ("galore", "lomo")),
         pytest.param("galore_adamw8bit", "bfloat16", marks=pytest.mark.slow),
-        ("galore_adamw8bit", "int8"),
+        pytest.param("galore_adamw8bit", "int8", marks=pytest.mark.slow),
         *(pytest.param(n, "", marks=pytest.mark.slow) for n in DEFAULT_LEARNING_RATE),
         pytest.param("adamw", "int8", marks=pytest.mark.slow),
     ],

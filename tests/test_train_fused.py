@@ -109,7 +109,7 @@ def is_adapter(path):
     return path[-1].name in ("lora_a", "lora_b") if hasattr(path[-1], "name") else False
 
 
-@pytest.mark.parametrize("freeze", ["nothing", "all"])
+@pytest.mark.parametrize("freeze", [pytest.param("nothing", marks=pytest.mark.slow), "all"])
 def test_adapters_train_with_the_base_and_alone(freeze):
     adapters, only = LoraConfig(rank=4, freeze=freeze), freeze == "all"
     results = [train("lomo", fused, adapters) for fused in (True, False)]

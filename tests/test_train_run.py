@@ -181,7 +181,8 @@ def test_sigterm_saves_and_the_printed_command_resumes(words, reference, tmp_pat
     assert_same_run(folder, reference[0])
 
 
-@pytest.mark.parametrize("closed", ["pipe", pytest.param("terminal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["pipe", "terminal"])
 def test_a_run_that_nobody_watches_any_more_saves_and_ends(words, tmp_path, closed):
     """As with `| head`, or when a connection is lost."""
     folder = tmp_path / "run"
