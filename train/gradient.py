@@ -48,11 +48,8 @@ def walk(model: LlamaConfig, work: Work = ALONE) -> Walk:
 
 
 def block_input(parts: llama.Pieces, rest: Any, batch: Batch) -> tuple[jax.Array, ...]:
-    """What the blocks hand on: x (B, S, d), and a batch's segments (B, S), if it has any.
-
-    As float32, since the walk takes the cotangent of all that is handed on.
-    """
-    segments = () if batch.segments is None else (batch.segments.astype(jnp.float32),)
+    """What the blocks hand on: x (B, S, d), and a batch's segments (B, S), if it has any."""
+    segments = () if batch.segments is None else (batch.segments,)
     return parts.embed(rest, batch.inputs), *segments
 
 
