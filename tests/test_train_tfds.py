@@ -1,6 +1,8 @@
 """C4 as tensorflow-datasets prepares it, read by the calls that read the real one."""
 
 import json
+import os
+import sys
 
 import pytest
 import tensorflow_datasets as tfds
@@ -124,3 +126,50 @@ def test_a_file_that_is_gone_is_named(tmp_path):
     (tmp_path / "tfds/c4/en/3.1.0/c4-train.array_record-00000-of-00001").unlink()
     with pytest.raises(UsageError, match="--data.path"):
         load(tmp_path / "tfds")
+
+
+EVIL = "evilfeature.Url"
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"pythonClassName": EVIL, "text": {}},
+        {"python_class_name": EVIL, "text": {}},
+        {"type": EVIL, "content": {}},
+        {
+            "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+            "jsonFeature": {"json": json.dumps({"feature": {"type": EVIL, "content": "{}"}})},
+        },
+    ],
+)
+def test_no_code_of_a_data_set_is_run(tmp_path, monkeypatch, feature):
+    write_c4(tmp_path / "tfds")
+    (tmp_path / "evilfeature.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "tfds/c4/en/3.1.0/features.json"
+    contents = json.loads(file.read_text())
+    contents["featuresDict"]["features"]["url"] = feature
+    file.write_text(json.dumps(contents))
+    with pytest.raises(UsageError, match=r"features.json asks for the class evilfeature\.Url"):
+        load(tmp_path / "tfds")
+    assert "evilfeature" not in sys.modules
+
+
+def test_a_data_set_of_other_contents_is_another_one(tmp_path):
+    options = {"cache_dir": str(tmp_path / "cache")}
+    train = [f"doc {n:02}" for n in range(20)]
+    found = {}
+    for name, first, held in (("a", 0, "12"), ("b", 0, "56"), ("c", 1, "56"), ("copy", 1, "56")):
+        texts_of = (("train", train[first:]), ("validation", [f"doc 0{n}" for n in held]))
+        write_c4(tmp_path / name, splits=texts_of)
+        found[name] = load(tmp_path / name, **options)
+        assert not set(texts(found[name].train)) & set(texts(found[name].validation))
+    assert found["a"].key != found["b"].key != found["c"].key == found["copy"].key
+    # The same number of documents, of the same lengths, in the same place.
+    write_c4(
+        tmp_path / "b2", splits=(("train", [*train[:-1], "doc 99"]), ("validation", train[5:7]))
+    )
+    for file in (tmp_path / "b2/c4/en/3.1.0").iterdir():
+        os.replace(file, tmp_path / "b/c4/en/3.1.0" / file.name)
+    assert load(tmp_path / "b", **options).key != found["b"].key

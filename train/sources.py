@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
-import tensorflow_datasets as tfds
 
-from train import cache, shards
+from train import cache, prepared, shards
 from train.config import DataConfig, kind_of_path
 from train.documents import Record, Source, hash_of
 from train.errors import UsageError, one_line
+from train.prepared import Prepared, builder_of
 
 
 class Opened(NamedTuple):
@@ -41,26 +41,6 @@ class Texts(Source):
 
     def __getitem__(self, number: int) -> Record:
         return {"text": self._texts[number].encode()}
-
-
-class Prepared(Source):
-    """The `text` of a split that tensorflow-datasets has prepared."""
-
-    def __init__(self, records: Any):
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, number: int) -> Record | None:
-        try:
-            text = self._records[number]["text"]
-        except Exception as error:  # whatever array_record says of a file
-            raise UsageError(
-                f"--data.path: a file of the data set was changed or deleted while it was being "
-                f"read ({one_line(error)[:200]}); put it back, and run again with --resume"
-            ) from None
-        return {"text": text} if text.strip() else None
 
 
 class Without(Source):
@@ -238,53 +218,15 @@ def _prepared(path: str, split: str, config: DataConfig, key: str) -> Opened:
         raise UsageError(
             f"{key} {path}: has no feature text, but {', '.join(info.features)}; give another one"
         )
-    found = f"{info.full_name} {split} {info.splits[split].num_examples}"
+    stamp = prepared.stamp(info.splits[split], f"{key} {path}")
     source = Prepared(builder.as_data_source(split=split))
-    size = f"{info.splits[split].num_bytes} {info.splits[split].shard_lengths}"
-    digest = cache.digest([found, size])
-    folder = Path(config.cache_dir) / f"hashes-{digest[:16]}"
+    folder = Path(config.cache_dir) / f"hashes-{cache.digest([info.full_name, *stamp])[:16]}"
 
     def hashes() -> np.ndarray:
         build = lambda target: np.save(target / "hashes.npy", _hashes(source))
         return np.load(cache.built(folder, build) / "hashes.npy", allow_pickle=False)
 
-    return Opened(source, hashes, digest)
-
-
-def builder_of(name: str, folder: str | None, told: str) -> Any:
-    """The builder of a data set that was prepared as array_record, without TensorFlow.
-
-    Args:
-      name: `c4/en`, or with its version `c4/en:3.1.0`.
-      folder: where it was prepared, `data_dir` of tensorflow-datasets; None is its own default.
-      told: begins the error's line.
-
-    Raises:
-      UsageError: it isn't there, or it is in another format.
-    """
-    root = Path(folder or tfds.core.constants.DATA_DIR).expanduser()
-    plain, _, version = name.partition(":")
-    place = root / plain
-    versions = [p.parent for p in place.glob(f"{version or '*'}/dataset_info.json")]
-    if not versions:
-        others = sorted(str(p.parent.relative_to(root)) for p in root.glob("**/dataset_info.json"))
-        there = f"there are {', '.join(others[:5])}" if others else "there are none"
-        raise UsageError(
-            f"{told}: {place / (version or 'VERSION') / 'dataset_info.json'} is missing; give the "
-            f"folder of prepared data sets by --data.tfds_dir ({there})"
-        )
-    newest = max(versions, key=lambda p: [int(n) if n.isdigit() else 0 for n in p.name.split(".")])
-    try:
-        builder = tfds.builder_from_directory(newest)
-        form = builder.info.file_format
-        records = form is not None and form.value == "array_record"
-    except Exception as error:
-        raise UsageError(
-            f"{told}: {newest} can't be opened ({one_line(error)[:200]}); prepare it anew"
-        ) from None
-    if not records:
-        raise UsageError(
-            f"{told}: {newest} is stored as {form.value if form else 'nothing known'}, which has "
-            "no random access; prepare it with file_format='array_record'"
-        )
-    return builder
+    # Neither where the files are nor their times: the same data on another machine resume.
+    size = f"{info.splits[split].num_bytes} {info.splits[split].shard_lengths}"
+    found = f"{info.full_name} {split} {len(source)}"
+    return Opened(source, hashes, cache.digest([found, size, prepared.sample(source).tobytes()]))

@@ -217,7 +217,7 @@ def _question(raw: dict[str, Any]) -> Question:
 def _prepared(task: str, split: str, tfds_dir: str | None) -> Iterator[Question]:
     """A task of GLUE or SuperGLUE, as tensorflow-datasets has prepared it."""
     # Here and not above: it takes seconds.
-    from train.sources import builder_of
+    from train.prepared import builder_of
 
     try:
         builder = builder_of(task, tfds_dir, f"--task {task}")
