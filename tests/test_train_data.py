@@ -61,7 +61,13 @@ def test_split_keeps_copies_together(documents, fraction, seed):
 def test_documents_of_a_file_are_its_paragraphs(tmp_path):
     file = tmp_path / "book.txt"
     file.write_text("one\nstill one\n\ntwo\n   \n\n\nthree\n")
-    assert corpus.documents(str(file)) == ["one\nstill one", "two", "three\n"]
+    assert corpus.documents(str(file)) == ["one\nstill one", "two", "three"]
+    for contents in ("A\n\nB", "\nA\n\nB\n", " \n\nA\n\nB\n \n", "\ufeffA\r\n\r\nB\r\n"):
+        file.write_bytes(contents.encode())
+        assert corpus.documents(str(file)) == ["A", "B"]
+    file.write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "two.txt").write_bytes(b"two\n")
+    assert corpus.documents(str(tmp_path)) == ["one", "two\n"]
 
 
 def test_unusable_text_is_one_line(tmp_path):

@@ -266,6 +266,14 @@ def test_neighbours_are_read_together_and_all_are_read_once(folder, monkeypatch)
 
 def test_small_and_plain_shards_are_shuffled_document_by_document(folder):
     assert load(folder).train.block == 1
+    # Beyond what is remembered of compressed ones too.
+    lines = "".join(f'{{"text": "{n}"}}\n' for n in range(9000)).encode()
+    (folder / "many.json").write_bytes(lines)
+    (folder / "many.json.gz").write_bytes(gzip.compress(lines))
+    plain, compressed = load(folder / "many.json"), load(folder / "many.json.gz")
+    assert (plain.train.block, compressed.train.block) == (1, shards.BLOCK)
+    # Their orders differ, and so a position in one is none in the other.
+    assert plain.key != compressed.key and len(plain.train) == len(compressed.train)
 
 
 def test_a_position_in_blocks_is_restored(folder, monkeypatch):

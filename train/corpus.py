@@ -147,7 +147,8 @@ def _load_source(
         tokenizer,
         f"{config.path or 'embedded corpus'}: {len(train):,} documents, {len(validation):,} held "
         "out, of which none is trained on",
-        cache.digest([opened.key, held.tobytes(), identity(tokenizer, probe)]),
+        # The block counts too: the order of the documents follows from it.
+        cache.digest([opened.key, str(train.block), held.tobytes(), identity(tokenizer, probe)]),
         config,
     )
 

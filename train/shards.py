@@ -193,8 +193,8 @@ class Shards(Source):
     def __init__(self, shards: Sequence[Shard]):
         self._shards = shards
         self._ends = np.cumsum([shard.documents for shard in shards])
-        compressed = any(map(_together, shards)) and self._ends[-1] > BLOCK * _BLOCKS
-        self.block = BLOCK if compressed else 1
+        compressed = any(_together(shard) > 1 for shard in shards)
+        self.block = BLOCK if compressed and self._ends[-1] > BLOCK * _BLOCKS else 1
         # One thread at a time; and each block and each open file is remembered for a while.
         self._lock = threading.Lock()
         self._block = functools.lru_cache(maxsize=_BLOCKS)(self._read)

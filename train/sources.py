@@ -121,7 +121,9 @@ def documents(path: str | None, key: str = "--data.path") -> list[str]:
     files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
     texts = [_read(file, key) for file in files]
     if place.is_file():
-        texts = re.split(r"\n(?:[ \t\r]*\n)+", texts[0])
+        # Line ends don't tell copies apart: neither the file's last one nor those of Windows.
+        texts = re.split(r"\n(?:[ \t\r]*\n)+", f"\n{texts[0]}\n")
+        texts = [text.strip("\r\n") for text in texts]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UsageError(
@@ -132,7 +134,7 @@ def documents(path: str | None, key: str = "--data.path") -> list[str]:
 
 def _read(file: Path, key: str) -> str:
     try:
-        return file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{key}: {file} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv"
