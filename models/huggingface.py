@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from models.config import LlamaConfig
+from models.config import FLOATS, LlamaConfig
 from models.pretrained import Header, Params, Place, check, fill, leaf_at, places
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -90,6 +90,13 @@ def read_params(folder: Path, config: LlamaConfig) -> Params:
     files = _files(folder)
     with contextlib.ExitStack() as stack:
         opened = {path: stack.enter_context(_open(path)) for path in set(files.values())}
+        for path, file in opened.items():
+            for name in sorted(set(file.keys()) - files.keys()):
+                if not _TABLES.fullmatch(name):
+                    raise ValueError(
+                        f"{path}: holds {name}, which {INDEX} does not list; nothing is left out "
+                        "silently; download both again"
+                    )
         stored: dict[str, tuple[int, ...]] = {}
         for name, path in files.items():
             with _named(path):
@@ -100,6 +107,14 @@ def read_params(folder: Path, config: LlamaConfig) -> Params:
         stored = {name: shape for name, shape in stored.items() if not _TABLES.fullmatch(name)}
         where = places(config, "hf")
         check(where, stored, folder)
+        for name in stored:
+            # NumPy has no such types, and safetensors says so in words of its own.
+            kind = opened[files[name]].get_slice(name).get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(
+                    f"{files[name]}: {name} is stored as {kind}; give weights in "
+                    f"{', '.join(FLOATS)}"
+                )
 
         def tensors() -> Iterator[tuple[str, np.ndarray]]:
             for name in stored:

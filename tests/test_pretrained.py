@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -192,6 +193,16 @@ def test_damaged_folders(folder, tmp_path):
     assert "is no .gguf file" in message(tmp_path / "x.bin")
 
 
+def test_weights_of_eight_bits_are_named(folder):
+    path = folder / huggingface.WEIGHTS
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"{name} is stored as F8_E4M3; give weights in float32"):
+        pretrained.read_params(folder, TINY)
+
+
 def test_damaged_shards(tmp_path):
     huggingface.write(tmp_path / "m", TINY, weights(), max_shard_bytes=4000)
     index = tmp_path / "m" / huggingface.INDEX
@@ -213,6 +224,10 @@ def test_damaged_shards(tmp_path):
     raw["weight_map"]["lm_head.weight"] = last
     index.write_text(json.dumps(raw))
     assert f"{last}: is missing" in message()
+    huggingface.write(tmp_path / "m", TINY, weights(), max_shard_bytes=4000)
+    extra = {"model.layers.0.self_attn.q_proj.bias": np.ones(16, np.float32)}
+    save_file(load_file(tmp_path / "m" / first) | extra, tmp_path / "m" / first)
+    assert f"{first}: holds model.layers.0.self_attn.q_proj.bias, which" in message()
     index.write_text("{")
     assert "is not JSON" in message()
     shutil.rmtree(tmp_path / "m")

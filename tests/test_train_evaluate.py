@@ -95,6 +95,9 @@ def test_lines(tmp_path):
         Question("2+2=", ("3", "4"), 1),
         Question("sky:", (" red", " blue"), 1),
     ]
+    text = '{"prompt": "a\u2028b\x85", "choices": ["b", "c"], "answer": 0}\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + (text * 2).encode())
+    assert tasks.load(str(path)) == [Question("a\u2028b\x85", ("b", "c"), 0)] * 2
     for line, words in (
         ('{"prompt": "a", "choices": ["b", "c"]}', "line 1: lacks 'answer'"),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}', "two texts or more"),
@@ -102,6 +105,7 @@ def test_lines(tmp_path):
         ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer 2 is no number"),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', "answer True is no number"),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": "d"}', "'d' is none of the choices"),
+        (r'{"prompt": "\ud800", "choices": ["b", "c"], "answer": 0}', "half of a surrogate pair"),
         ("[]", "line 1: "),
         ("{", "line 1: "),
         ("", "holds no question"),

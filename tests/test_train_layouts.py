@@ -144,6 +144,22 @@ class TestDocuments:
         assert tokens == 1 + 8 + 2
         assert nats == pytest.approx(alone, rel=1e-5)
 
+    def test_held_out_documents_without_a_token_are_left_out(self, tmp_path):
+        class Deaf(Bytes):
+            def encode(self, text):
+                return super().encode(text.replace("x", ""))
+
+        path = lines(tmp_path / "t.jsonl", [{"text": "a"}, {"text": "b"}])
+        for texts, count in ((["x", "ab"], 1), (["x", "xx"], 0)):
+            held = lines(tmp_path / "h.jsonl", [{"text": text} for text in texts])
+            options = {"validation_path": str(held), "layout": "documents"}
+            data = load(path, tmp_path, **options)._replace(tokenizer=Deaf())
+            if count:
+                assert len(batches.held_out(data, 8).rows) == count
+            else:
+                with pytest.raises(batches.UsageError, match="leaves nothing of it to predict"):
+                    batches.held_out(data, 8)
+
     def test_validation_tokens_limit_the_held_out_documents(self, tmp_path):
         path = write_text(tmp_path / "text", 40)
         options = dict(layout="documents", validation_fraction=0.5)

@@ -100,6 +100,12 @@ def test_ids_may_have_gaps():
     assert HuggingFace(made.to_str()).vocab_size == 8
 
 
+def test_text_that_a_tokenizer_json_has_no_token_for_is_one_line():
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}))
+    with pytest.raises(UsageError, match=r"--data.tokenizer: .* can't encode 'b' .*UNK"):
+        HuggingFace(made.to_str()).encode("b")
+
+
 def test_what_is_no_tokenizer_is_one_line(tmp_path):
     def refused(path, *words):
         with pytest.raises(UsageError) as caught:

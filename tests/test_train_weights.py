@@ -264,6 +264,8 @@ def test_sampling_from_a_run_and_from_a_model(run, model, capsys):
         sample(SampleArguments(str(model), ("the law",), max_tokens=60))
     with pytest.raises(UsageError, match="--prompt: is missing"):
         sample(SampleArguments(str(model), ()))
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        sample(SampleArguments(str(model), ("\udcff",)))
     with pytest.raises(UsageError, match="is no run, which alone has steps"):
         sample(SampleArguments(str(model), ("x",), step=3))
     (model / "tokenizer.json").rename(model / "kept.json")

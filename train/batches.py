@@ -300,6 +300,8 @@ def held_out(corpus: Corpus, sequence_length: int) -> HeldOut | HeldOutRows:
     for record in corpus.validation:
         if options.layout == "documents":
             row = rows.encode(record, tokenizer, sequence_length)
+            if len(row.tokens) <= row.first:
+                continue  # the tokenizer leaves nothing of it but the end
         else:
             row = rows.Row(tokenizer.encode(record["text"].decode()), 0)
             text_bytes += len(record["text"])
@@ -309,7 +311,8 @@ def held_out(corpus: Corpus, sequence_length: int) -> HeldOut | HeldOutRows:
             break
     if not found:
         raise UsageError(
-            f"--data.validation_path {options.validation_path}: holds no text; give other documents"
+            f"--data.validation_path {options.validation_path}: the held-out documents have no "
+            "text, or the tokenizer leaves nothing of it to predict; give others"
         )
     if options.layout == "documents":
         return HeldOutRows(found)

@@ -46,6 +46,11 @@ def sample(arguments: Arguments) -> list[str]:
 
     if not arguments.prompt:
         raise UsageError('--prompt: is missing; give a text, e.g. --prompt "My fellow"')
+    for text in arguments.prompt:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"--prompt {text!r}: is not UTF-8; give text") from None
     model = runs.load(arguments.model, arguments.step)
     tokenizer, start = model.tokenizer, list(model.start)
     prompts = [

@@ -121,7 +121,8 @@ def read_lines(path: Path) -> list[Question]:
       UsageError: the file can't be read, or a line is no question; it is named.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # By bytes: within a string JSON allows what str.splitlines takes for a line's end.
+        lines = [line.decode("utf-8-sig") for line in path.read_bytes().split(b"\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"--task {path}: can't be read ({reason}); give JSON lines") from None
@@ -205,6 +206,10 @@ def _question(raw: dict[str, Any]) -> Question:
     texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
     if not isinstance(prompt, str) or not texts or len(choices) < 2:
         raise ValueError("prompt is no text, or choices are not two texts or more")
+    try:
+        "".join([prompt, *choices]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("has half of a surrogate pair in its text") from None
     if isinstance(answer, str):
         if answer not in choices:
             raise ValueError(f"answer {answer!r} is none of the choices")

@@ -120,7 +120,13 @@ class HuggingFace:
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids of a document, with `end` after it."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the package raises nothing narrower
+            raise UsageError(
+                f"--data.tokenizer: the tokenizer.json can't encode {text[:40]!r} "
+                f"({one_line(error)[:100]}); give one with a token for what it doesn't know"
+            ) from None
         return np.asarray([*ids, self.end], np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
