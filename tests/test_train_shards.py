@@ -202,6 +202,34 @@ def test_a_shard_that_is_gone_is_named(folder):
     assert len(load(folder).train) == 700
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_last_shard_of_a_folder_is_missed_too(folder, beside, monkeypatch):
+    (folder / "x" / "y").mkdir(parents=True)
+    only = write(folder / "x" / "y" / "c.jsonl", ["c"])
+    if not beside:
+        place = shards.index_places
+        monkeypatch.setattr(shards, "index_places", lambda *given: place(*given)[1:])
+    paths = (folder, folder / "**" / "*.jsonl", folder / "x*" / "*" / "*.jsonl", folder / "**")
+    for path in paths:
+        load(path, str(folder.parent / "cache"), validation_path=str(folder / "a.json.gz"))
+    only.unlink()
+    for path in paths:
+        with pytest.raises(UsageError, match=r"x/y/c.jsonl is gone"):
+            load(path, str(folder.parent / "cache"))
+    assert len(load(folder / "*.jsonl", str(folder.parent / "cache")).train) == 300
+
+
+def test_the_names_of_shards(folder):
+    (folder / "b.jsonl").rename(folder / "b.NDJSON")
+    (folder / "a.json.gz").rename(folder / "A.JSONL.GZ")
+    data = load(folder)
+    assert sorted(texts(data.train) + texts(data.validation)) == sorted(TEXTS)
+    assert load(folder / "b.NDJSON").validation[0]["text"].decode() in TEXTS
+    (folder / "A.JSONL.GZ").rename(folder / "a.00000.gz")
+    with pytest.raises(UsageError, match=r"a.00000.gz can't be told .* end in .jsonl.gz"):
+        load(folder / "a.00000.gz")
+
+
 def test_the_split_is_by_hash_and_copies_stay_together(folder):
     write(folder / "b.jsonl", [*TEXTS[400:], *TEXTS[:50]])
     data = load(folder, validation_fraction=0.3)
@@ -310,6 +338,12 @@ def test_remote_shards_are_fetched_once(folder, tmp_path):
         after = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
         assert before.keys() == after.keys()
         assert all(after[p] == t for p, t in before.items() if p.name != "cache")
+        # One that was mended is fetched again.
+        write(folder / "b.jsonl", TEXTS[400:699])
+        remote.pipe("/bucket/b.jsonl", (folder / "b.jsonl").read_bytes())
+        said = []
+        assert corpus.load(options, say=said.append).key == load(folder, say=said.append).key
+        assert all("b.jsonl changed since it was indexed" in line for line in said)
         with pytest.raises(UsageError, match=r"memory://bucket/x\*.jsonl: no such file"):
             corpus.load(DataConfig(path="memory://bucket/x*.jsonl", cache_dir=str(tmp_path)))
         with pytest.raises(UsageError, match="can't be fetched"):

@@ -175,8 +175,8 @@ class DataConfig:
 
     path: str | None = None
     """A .txt file (documents: paragraphs between blank lines) or a folder of .txt files
-    (documents: files); JSON lines with text, or with prompt and completion (.jsonl, .json, or
-    either with .gz: a file, folder, glob, or glob under gs:// or hf://); tfds:c4/en, as
+    (documents: files); JSON lines with text, or with prompt and completion (.jsonl, .ndjson, .json,
+    or these with .gz: a file, folder, glob, or glob under gs:// or hf://); tfds:c4/en, as
     tensorflow-datasets prepared it; None is the embedded corpus, addresses of American presidents
     (State of the Union)"""
     tfds_dir: str | None = None
@@ -213,16 +213,18 @@ def kind_of_path(path: str | None) -> Literal["text", "tfds", "shards"]:
 
     >>> kind_of_path("tfds:c4/en"), kind_of_path("c4/c4-train.*.json.gz"), kind_of_path("a.txt")
     ('tfds', 'shards', 'text')
+    >>> kind_of_path("a.ndjson"), kind_of_path("A.JSONL")
+    ('shards', 'shards')
     """
     if path is None:
         return "text"
     if path.startswith("tfds:"):
         return "tfds"
-    lines = (".jsonl", ".json", ".gz")
-    if "://" in path or "*" in path or path.endswith(lines):
+    lines = (".jsonl", ".ndjson", ".json", ".gz")
+    if "://" in path or "*" in path or path.lower().endswith(lines):
         return "shards"
     place = Path(path)
-    if place.is_dir() and any(p.name.endswith(lines) for p in place.rglob("*")):
+    if place.is_dir() and any(p.name.lower().endswith(lines) for p in place.rglob("*")):
         return "shards"
     return "text"
 

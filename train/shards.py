@@ -30,7 +30,8 @@ from train import cache
 from train.documents import DocumentError, Record, Source, hash_of, parse
 from train.errors import UsageError, one_line
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+_KINDS = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (*_KINDS, *(f"{kind}.gz" for kind in _KINDS))  # in capitals too
 INDEX = ".index.npz"
 _VERSION = 1
 # Decompressed bytes from one point to the next; each keeps 32 KiB of what came before it.
@@ -145,7 +146,7 @@ def _scan(name: str, path: Path) -> dict[str, Any]:
     points = io.BytesIO()
     try:
         # Not indexed_gzip, which takes a file that was cut off for a shorter one.
-        with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+        with gzip.open(path) if _compressed(name) else open(path, "rb") as file:
             for line in file:
                 number += 1
                 record = parse(line) if line.strip() else None
@@ -157,7 +158,7 @@ def _scan(name: str, path: Path) -> dict[str, Any]:
                     if len(kinds) > 1:
                         raise DocumentError("has a text where others have a prompt, or the reverse")
                 place += len(line)
-        if name.endswith(".gz"):
+        if _compressed(name):
             with _open(name, path) as file:
                 file.build_full_index()
                 file.export_index(fileobj=points)
@@ -178,8 +179,12 @@ def _scan(name: str, path: Path) -> dict[str, Any]:
     }
 
 
+def _compressed(name: str) -> bool:
+    return name.lower().endswith(".gz")
+
+
 def _open(name: str, path: Path) -> Any:
-    if name.endswith(".gz"):
+    if _compressed(name):
         return indexed_gzip.IndexedGzipFile(str(path), spacing=_SPACING)
     return open(path, "rb")
 
@@ -253,7 +258,7 @@ def _changed(shard: Shard, error: Exception) -> UsageError:
 
 def _together(shard: Shard) -> int:
     """Documents of a shard that are read at once."""
-    return BLOCK if shard.name.endswith(".gz") else 1
+    return BLOCK if _compressed(shard.name) else 1
 
 
 def _reader(shard: Shard) -> tuple[Any, np.ndarray]:

@@ -5,7 +5,9 @@ that fsspec reads (`gs://`, `hf://`); a data set that tensorflow-datasets has pr
 (`tfds:c4/en`).
 """
 
+import fnmatch
 import glob
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,15 +162,20 @@ def _local(
                 f"{key} {path}: the folder holds both .txt files and JSON lines; give a glob of "
                 f"those that you mean, e.g. {path.rstrip('/')}/*.json.gz"
             )
-        names = [str(file) for file in place.rglob("*")]
+        there = [str(file) for file in place.rglob("*")]
+        folders, matches = [path, *there], "*"
+    elif place.is_file():
+        there, folders, matches = [path], [], ""
     else:
-        names = [path] if place.is_file() else glob.glob(path, recursive=True)
-    names = sorted(name for name in names if name.endswith(shards.SUFFIXES))
-    matches = Path(path).name if not place.is_dir() else "*"
+        there = glob.glob(path, recursive=True)
+        head, matches = os.path.split(path)
+        folders = there if matches == "**" else glob.glob(head or ".", recursive=True)
+    names = _lines_of(there)
     gone = []
-    for folder in sorted({Path(name).parent for name in names} or {place.parent}):
+    # Also in a folder that has lost all of its shards.
+    for folder in sorted({Path(name) for name in folders if os.path.isdir(name)}):
         lost = shards.orphans(folder, Path(config.cache_dir) / "shards")
-        gone += [str(folder / name) for name in lost if Path(name).match(matches)]
+        gone += [str(folder / name) for name in lost if fnmatch.fnmatch(name, matches)]
     if gone and config.bad_shards == "refuse":
         raise UsageError(
             f"{key}: {gone[0]} is gone, and its index is still there; put it back, or leave out "
@@ -177,8 +184,23 @@ def _local(
     for name in gone:
         say(f"warning: {name} is gone, and left out")
     if not names:
-        raise UsageError(f"{key} {path}: no such file; give JSON lines (.jsonl, .json.gz)")
+        raise _none(path, there, key)
     return [(name, Path(name)) for name in names]
+
+
+def _lines_of(names: Sequence[str]) -> list[str]:
+    return sorted(name for name in names if name.lower().endswith(shards.SUFFIXES))
+
+
+def _none(path: str, there: Sequence[str], key: str) -> UsageError:
+    """Says that a path has no JSON lines, and how a file that is there would be taken for some."""
+    for name in there:
+        if name.lower().endswith(".gz"):
+            return UsageError(
+                f"{key} {path}: what is in {name} can't be told by its name; let those of "
+                "compressed JSON lines end in .jsonl.gz or .json.gz, and unpack others"
+            )
+    return UsageError(f"{key} {path}: no such file; give JSON lines (.jsonl, .json.gz)")
 
 
 def _fetched(path: str, config: DataConfig, key: str) -> list[tuple[str, Path]]:
@@ -188,12 +210,17 @@ def _fetched(path: str, config: DataConfig, key: str) -> list[tuple[str, Path]]:
     try:
         remote = fsspec.filesystem(protocol)
         found = remote.glob(rest) if glob.has_magic(rest) else [rest]
-        names = sorted(name for name in map(str, found) if name.endswith(shards.SUFFIXES))
+        there = [str(name) for name in found]
         cached = fsspec.filesystem(
-            "filecache", target_protocol=protocol, cache_storage=str(folder), expiry_time=0
+            "filecache",
+            target_protocol=protocol,
+            cache_storage=str(folder),
+            # A copy doesn't grow old, but goes when the file is replaced.
+            expiry_time=0,
+            check_files=True,
         )
         files = []
-        for name in names:
+        for name in _lines_of(there):
             with cached.open(name, "rb") as file:
                 files.append((f"{protocol}://{name}", Path(file.name)))
     except Exception as error:  # every file system has errors of its own
@@ -202,7 +229,7 @@ def _fetched(path: str, config: DataConfig, key: str) -> list[tuple[str, Path]]:
             "check the address and the network, or give files of this machine"
         ) from None
     if not files:
-        raise UsageError(f"{key} {path}: no such file; give JSON lines (.jsonl, .json.gz)")
+        raise _none(path, there, key)
     return files
 
 
