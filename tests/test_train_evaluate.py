@@ -74,6 +74,13 @@ def test_both_accuracies_are_counted(model):
     assert math.isclose(found.standard_error, math.sqrt(2 / 9 / 9))
 
 
+def test_a_model_that_gives_no_numbers_has_no_score(model, monkeypatch):
+    found = np.array([-1.0, np.nan])
+    monkeypatch.setattr(module, "log_likelihoods", lambda *_: found)
+    with pytest.raises(UsageError, match="of 1 of 2 answers are not finite"):
+        score(model, [Question("a", ("b", "c"), 0)])
+
+
 def test_what_is_too_long_loses_the_beginning_of_the_prompt(model):
     row, cut = encode(model, "a" * 80 + "?", " yes")
     assert cut and len(row.tokens) == 64 and bytes(row.tokens[row.first :].tolist()) == b" yes"

@@ -11,10 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train_helpers import write_text
-from train import corpus
+from train import corpus, rows
 from train.config import DataConfig
 from train.errors import UsageError
-from train.tokenizer import Bytes, HuggingFace, check_vocabulary, identity, open_tokenizer
+from train.tokenizer import (
+    Bytes,
+    HuggingFace,
+    check_vocabulary,
+    encode_prompt,
+    identity,
+    open_tokenizer,
+)
 
 WORDS = ["the nation and its people", "peace trade and war", "hold that law", "work of land"] * 20
 
@@ -70,6 +77,21 @@ def test_a_tokenizer_json_is_whole_and_without_its_template(tmp_path):
     assert len(ids) > 4 and ids[-1] == tokenizer.end and tokenizer.decode(ids) == text
     assert ids[0] != plain.token_to_id("<pad>")
     assert tokenizer.vocab_size == 300 > ids.max()
+
+
+def test_special_tokens_are_text_in_documents_and_tokens_in_prompts():
+    tokenizer = HuggingFace(tokenizer_json(special=("<|user|>", "</s>")))
+    text = "the <|user|></s>law"
+    ids = tokenizer.encode(text)
+    assert ids.tolist().count(tokenizer.end) == 1 and tokenizer.decode(ids) == text
+    prompt = encode_prompt(tokenizer, text)
+    assert len(prompt) < len(ids) and prompt.tolist().count(tokenizer.end) == 2
+    record = {"prompt": text.encode(), "completion": b" and"}
+    assert rows.encode({"text": text.encode()}, tokenizer, 99).tokens.tolist() == ids.tolist()
+    assert (
+        rows.encode(record, tokenizer, 99).tokens[: len(prompt) - 1].tolist()
+        == prompt[:-1].tolist()
+    )
 
 
 @pytest.mark.parametrize(

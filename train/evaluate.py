@@ -20,6 +20,7 @@ from train import tasks
 from train.command import main
 from train.errors import UsageError
 from train.runs import Loaded, load
+from train.tokenizer import encode_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,11 @@ def evaluate(arguments: Arguments) -> Score:
 
 
 def score(model: Loaded, questions: Sequence[tasks.Question], batch_size: int = 8) -> Score:
-    """How a model answers questions."""
+    """How a model answers questions.
+
+    Raises:
+      UsageError: its answers have no likelihood that is a number.
+    """
     rows, truncated = [], 0
     for question in questions:
         lost = False
@@ -99,6 +104,13 @@ def score(model: Loaded, questions: Sequence[tasks.Question], batch_size: int = 
             lost = lost or cut
         truncated += lost
     sums = log_likelihoods(model, rows, batch_size)
+    if not np.isfinite(sums).all():
+        # The likeliest of such would be the first choice, whatever it says.
+        raise UsageError(
+            f"{model.name}: the log-probabilities of {np.sum(~np.isfinite(sums)):,} of "
+            f"{len(sums):,} answers are not finite; its weights are no numbers or too large for "
+            f"{model.config.dtype}: give an earlier checkpoint by --step, or other weights"
+        )
     right = per_byte = place = 0
     for question in questions:
         part = sums[place : place + len(question.choices)]
@@ -136,8 +148,8 @@ def encode(model: Loaded, prompt: str, choice: str) -> tuple[Row, bool]:
     Raises:
       UsageError: the answer alone is longer than the context.
     """
-    before = model.tokenizer.encode(prompt)[:-1]
-    whole = model.tokenizer.encode(prompt + choice)[:-1]
+    before = encode_prompt(model.tokenizer, prompt)[:-1]
+    whole = encode_prompt(model.tokenizer, prompt + choice)[:-1]
     shared = min(len(before), len(whole) - 1)
     differs = np.flatnonzero(before[:shared] != whole[:shared])
     first = int(differs[0]) if len(differs) else shared

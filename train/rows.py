@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.tokenizer import Tokenizer
+from train.tokenizer import Tokenizer, encode_prompt
 
 
 class Row(NamedTuple):
@@ -46,9 +46,9 @@ def encode(record: Mapping[str, bytes], tokenizer: Tokenizer, length: int) -> Ro
             tokens = np.append(tokens[: length - 1], tokens[-1:])
         return Row(tokens, 1)
     prompt, completion = record["prompt"].decode(), record["completion"].decode()
-    context = tokenizer.encode(prompt)[:-1]
+    context = encode_prompt(tokenizer, prompt)[:-1]
     # As one text, as it will be generated; a token across the border belongs to the completion.
-    tokens = tokenizer.encode(prompt + completion)
+    tokens = encode_prompt(tokenizer, prompt + completion)
     shared = min(len(context), len(tokens) - 1)
     differs = np.flatnonzero(context[:shared] != tokens[:shared])
     first = int(differs[0]) if len(differs) else shared

@@ -43,6 +43,7 @@ def sample(arguments: Arguments) -> list[str]:
     from models.generate import generate
     from train import runs
     from train.errors import UsageError
+    from train.tokenizer import encode_prompt
 
     if not arguments.prompt:
         raise UsageError('--prompt: is missing; give a text, e.g. --prompt "My fellow"')
@@ -54,7 +55,8 @@ def sample(arguments: Arguments) -> list[str]:
     model = runs.load(arguments.model, arguments.step)
     tokenizer, start = model.tokenizer, list(model.start)
     prompts = [
-        np.array([*start, *tokenizer.encode(text)[:-1]], np.int32) for text in arguments.prompt
+        np.array([*start, *encode_prompt(tokenizer, text)[:-1]], np.int32)
+        for text in arguments.prompt
     ]
     try:
         found = generate(

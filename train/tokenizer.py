@@ -5,6 +5,7 @@ without any normalisation, and a piece for every byte, so that text comes back a
 exception: U+2581, SentencePiece's sign for a space, comes back as a space).
 """
 
+import functools
 import io
 import json
 import re
@@ -108,6 +109,9 @@ class HuggingFace:
             raise ValueError(f"is no tokenizer.json ({one_line(error)[:200]})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # A </s> that is written in a document is text, and not its end.
+        self._tokenizer.encode_special_tokens = True
+        self._text = text
         names = _ENDS if end is None else (end,)
         ids = [self._tokenizer.token_to_id(name) for name in names]
         found = [number for number in ids if number is not None]
@@ -116,12 +120,27 @@ class HuggingFace:
         self.end: int = found[0]
         # Not `get_vocab_size()`: ids may have gaps.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.key = cache.digest([text, str(self.end)])
+        self.key = cache.digest([text, str(self.end), "documents are plain"])
+
+    @functools.cached_property
+    def _prompts(self) -> tokenizers.Tokenizer:
+        # Another one, since a thread may be encoding documents with the first.
+        found = tokenizers.Tokenizer.from_str(self._text)
+        found.no_truncation()
+        found.no_padding()
+        return found
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids of a document, with `end` after it."""
+        return self._encode(self._tokenizer, text)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """`encode`, in which names of special tokens, as those of a chat, are these tokens."""
+        return self._encode(self._prompts, text)
+
+    def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the package raises nothing narrower
             raise UsageError(
                 f"--data.tokenizer: the tokenizer.json can't encode {text[:40]!r} "
@@ -220,6 +239,18 @@ def _json(file: Path) -> dict[str, Any]:
         return {}
     found = json.loads(file.read_text(encoding="utf-8"))
     return found if isinstance(found, dict) else {}
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """int32 ids of a prompt, and of what follows it, with `end` after them.
+
+    Special tokens may be written in it if the tokenizer has `encode_prompt`; in documents they are
+    text like any other.
+
+    >>> encode_prompt(Bytes(), "h").tolist()
+    [104, 256]
+    """
+    return getattr(tokenizer, "encode_prompt", tokenizer.encode)(text)
 
 
 def check_vocabulary(tokenizer: Tokenizer, embeddings: int, name: str) -> None:
