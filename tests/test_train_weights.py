@@ -260,6 +260,7 @@ def test_sampling_from_a_run_and_from_a_model(run, model, capsys):
         out = capsys.readouterr().out
         assert len(texts) == 2 and "the law" + texts[0] in out and "Über" + texts[1] in out
         assert sample(request) == texts
+    assert len(sample(SampleArguments(str(model), ("", "law"), max_tokens=3))) == 2
     with pytest.raises(UsageError, match="more than the context of 64"):
         sample(SampleArguments(str(model), ("the law",), max_tokens=60))
     with pytest.raises(UsageError, match="--prompt: is missing"):

@@ -55,7 +55,8 @@ def sample(arguments: Arguments) -> list[str]:
     model = runs.load(arguments.model, arguments.step)
     tokenizer, start = model.tokenizer, list(model.start)
     prompts = [
-        np.array([*start, *encode_prompt(tokenizer, text)[:-1]], np.int32)
+        # An empty one where nothing stands before a text: what follows the end of another.
+        np.array([*start, *encode_prompt(tokenizer, text)[:-1]] or [tokenizer.end], np.int32)
         for text in arguments.prompt
     ]
     try:

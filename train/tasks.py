@@ -85,6 +85,12 @@ TEMPLATES = {
 COPA = "super_glue/copa"
 ADDRESSES = ("sotu/president", "sotu/decade")
 TASKS = (*TEMPLATES, COPA, *ADDRESSES)
+NOT_SCORED = {
+    "super_glue/record": "it asks for names within its passage, of which several may be right, and "
+    "has no choices with one right answer",
+    "glue/stsb": "its answers are degrees of similarity, not choices",
+    "glue/ax": "it has a test split alone, whose answers are secret",
+}
 
 
 def load(task: str, split: str | None = None, tfds_dir: str | None = None) -> list[Question]:
@@ -106,6 +112,8 @@ def load(task: str, split: str | None = None, tfds_dir: str | None = None) -> li
         if split not in (None, "train", "test"):
             raise UsageError(f"--split {split}: {task} has train and test; give one of them")
         return addresses(task.partition("/")[2], split or "test")
+    if task in NOT_SCORED:
+        raise UsageError(f"--task {task}: is not scored here: {NOT_SCORED[task]}; give another one")
     if task not in TASKS:
         raise UsageError(
             f"--task {task}: unknown; give a .jsonl file, or one of {', '.join(TASKS)}"
