@@ -141,6 +141,8 @@ def test_without_c4_it_says_where_to_get_it(capsys, tmp_path, monkeypatch):
     assert main(["--experiment", "osd-60m", "--data.path", "c4"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: --data.tokenizer:") and err.count("\n") == 1
+    # To compile a step takes neither.
+    assert parse(["--experiment", "osd-60m", "--compile_only"]).config.data.path is None
     assert not list(tmp_path.iterdir())
 
 

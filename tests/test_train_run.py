@@ -27,7 +27,7 @@ from tests.train_helpers import (
     steps_in,
     write_text,
 )
-from train import loop, source
+from train import loop, records, source
 from train.cli import main
 from train.errors import Interrupted
 
@@ -178,6 +178,47 @@ def test_sigterm_saves_and_the_printed_command_resumes(words, reference, tmp_pat
     assert command[1:3] == ["-m", "train"] and (ROOT / command[0]).samefile(sys.executable)
     out, _ = finish(start(command[3:]))
     assert "after step" in out
+    assert_same_run(folder, reference[0])
+
+
+def test_a_signal_in_an_evaluation_ends_it_and_the_next_run_repeats_it(
+    words, reference, tmp_path, capsys, monkeypatch
+):
+    real, scored = loop.make_eval_step, []
+
+    def make_eval_step(*arguments):
+        step = real(*arguments)
+
+        def evaluate(*arguments):
+            scored.append(1)
+            if len(scored) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return step(*arguments)
+
+        return evaluate
+
+    monkeypatch.setattr(loop, "make_eval_step", make_eval_step)
+    folder = tmp_path / "run"
+    command = [*words, "--run_dir", str(folder), "--checkpoint.keep_best", "1", "--resume"]
+    # What a run leaves that was killed before its first checkpoint, and was another one.
+    folder.mkdir()
+    for name in ("metrics.jsonl", "config.json", "tokenizer.json"):
+        (folder / name).write_text('{"train.steps": 4000}')
+    assert main(command) == 128 + signal.SIGTERM
+    assert json.loads((folder / "config.json").read_text())["train.steps"] == LAST
+    assert (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
+    err = capsys.readouterr().err
+    assert "the checkpoint of step 15 is saved" in err and err.count("\n") == 1
+    assert len(scored) == 1  # of two batches
+    kinds = [row["kind"] for row in records.read(folder / "metrics.jsonl")]
+    assert kinds == ["train"] * 15 + ["subspace"]
+    assert main(command) == 0
+    # Its score is noted, so that it is kept or goes as in a run that nothing disturbs.
+    rows = records.read(folder / "metrics.jsonl")
+    losses = {r["step"]: r["validation_loss"] for r in rows if r["kind"] == "validation"}
+    best = str(min(losses, key=losses.get))
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == [best, "35", "40"]
     assert_same_run(folder, reference[0])
 
 

@@ -134,6 +134,11 @@ class Checkpoints:
             raise self._explain(step, temporary, error) from None
         self._saving = self._thread.submit(self._complete, step, temporary, score)
 
+    def rate(self, step: int, score: float) -> None:
+        """Notes the validation loss of a checkpoint that was saved before it was known."""
+        if processes.is_first() and (self._folder / str(step)).is_dir():
+            _write_score(self._folder / str(step), step, score)
+
     def poll(self) -> None:
         """Raises what `wait` would, if the saving that was begun last has failed by now."""
         if self._saving is not None and self._saving.done():
@@ -167,7 +172,7 @@ class Checkpoints:
             if not processes.is_first():
                 return
             if score is not None:
-                (temporary / _SCORE).write_text(json.dumps({"step": step, "loss": score}) + "\n")
+                _write_score(temporary, step, score)
             cache.write_checksums(temporary, temporary / cache.MANIFEST)
             temporary.rename(self._folder / str(step))
         except Exception as error:
@@ -327,6 +332,10 @@ class Checkpoints:
         kept = f"the checkpoint of step {done[-1]} is good; " if done else ""
         what = "free some space" if full else "mend that"
         return f"{kept}{what} and run again with --resume"
+
+
+def _write_score(folder: Path, step: int, score: float) -> None:
+    cache.write_atomically(folder / _SCORE, json.dumps({"step": step, "loss": score}) + "\n")
 
 
 def _copied(state: State) -> State:

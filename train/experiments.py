@@ -81,8 +81,11 @@ def check_model(name: str, model: str, sizes: Container[str]) -> None:
 
 
 def check_text(name: str, config: Config) -> None:
-    """Raises UsageError if the text or the tokenizer of a published run is not given."""
-    if not EXPERIMENTS[name].on_c4:
+    """Raises UsageError if the text or the tokenizer of a published run is not given.
+
+    What is compiled alone reads neither.
+    """
+    if not EXPERIMENTS[name].on_c4 or config.compile_only:
         return
     if config.data.path is None:
         raise UsageError(

@@ -27,7 +27,7 @@ from train import (
 )
 from train.checkpoint import Checkpoints, fingerprint
 from train.cli import Command
-from train.config import Config
+from train.config import Config, flatten
 from train.gradient import make_loss
 from train.loop import Trainer
 from train.optimizer import Optimizer, make
@@ -47,6 +47,7 @@ def run(command: Command) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     processes.join()
     config = command.config
+    processes.compare(_shared(config), "start all processes with the same command")
     # (Open as long as the process is.)
     screen = Screen(None if processes.is_first() else open(os.devnull, "w"))  # noqa: SIM115
     if config.log.tensorboard:
@@ -59,12 +60,11 @@ def run(command: Command) -> None:
     if kind := devices.idle_accelerator():
         screen.say(f"warning: {devices.warning(kind)}")
 
-    data = corpus.load(config.data, weights.tokenizer(config.weights), screen.say)
-    check_vocabulary(data.tokenizer, config.model.vocab_size, config.data.tokenizer or "None")
-    held_out = batches.held_out(data, config.train.sequence_length)
-    stream = batches.training(
-        data, config.train.batch_size, config.train.sequence_length, config.train.seed
-    )
+    data, held_out, stream = processes.in_all(lambda: _read(config, screen))
+    weights_key = processes.in_all(lambda: weights.key(config.weights))
+    keys: dict[str, Any] = {"the digest of --data.path and its tokenizer": data.key}
+    keys |= {"the digest of --weights": weights_key}
+    processes.compare(keys, "give all processes the same files")
     is_fused = config.train.fused_backward
     key = jax.random.key(config.train.seed)
     optimizer, fused, begin = prepare(config, work)
@@ -109,7 +109,7 @@ def run(command: Command) -> None:
     checkpoints = Checkpoints(
         place.checkpoints,
         config.checkpoint.keep,
-        fingerprint(config, data.key, shapes, weights.key(config.weights)),
+        fingerprint(config, data.key, shapes, weights_key),
         lambda line: screen.say(f"warning: {line}"),
         config.checkpoint.keep_best,
     )
@@ -121,6 +121,9 @@ def run(command: Command) -> None:
     else:
         screen.say(f"Writing to {place.path}.")
     if processes.is_first():
+        if state is None:
+            # (A run that ended before its first checkpoint may have been of another one.)
+            place.describe(command)
         report.save_memory(place.memory, predicted, measured)
         weights.keep_tokenizer(data.tokenizer, place.path, weights.context(config))
     trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step, work)
@@ -136,6 +139,31 @@ def run(command: Command) -> None:
         checkpoints.close()
         trainer.close()
         lock.close()
+
+
+# Keys that each of several processes may have its own of: where files are on its machine.
+_OWN = (
+    *("run_dir", "weights", "data.path", "data.validation_path", "data.tokenizer"),
+    *("data.tfds_dir", "data.cache_dir"),
+)
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    """What several processes must have the same."""
+    return {f"--{key}": value for key, value in flatten(config).items() if key not in _OWN}
+
+
+def _read(
+    config: Config, screen: Screen
+) -> tuple[corpus.Corpus, batches.HeldOut | batches.HeldOutRows, Any]:
+    """The documents, those held out, and the batches."""
+    data = corpus.load(config.data, weights.tokenizer(config.weights), screen.say)
+    check_vocabulary(data.tokenizer, config.model.vocab_size, config.data.tokenizer or "None")
+    held_out = batches.held_out(data, config.train.sequence_length)
+    stream = batches.training(
+        data, config.train.batch_size, config.train.sequence_length, config.train.seed
+    )
+    return data, held_out, stream
 
 
 def prepare(

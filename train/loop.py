@@ -39,6 +39,14 @@ from train.step import (
 )
 
 
+class _BrokenOff(Exception):
+    """An evaluation that a signal ends; nothing of it was written."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
 class Trainer:
     """The loop and what it writes on the way."""
 
@@ -72,16 +80,19 @@ class Trainer:
         self._open_files(done)
         self.clock = Clock(config.train.batch_size * config.train.sequence_length)
         self.screen.start(steps, done)
-        stop = processes.Shared(self.mesh)
+        self.stop = processes.Shared(self.mesh)
+        if jax.process_count() > 1:
+            stream = processes.Together(stream, self.mesh)
         late = None  # the metrics of the step before: read while the device does the next one
         with Signals(self._interrupted_again) as signals:
+            self._evaluate_again(done, state, signals)
             for step in range(done + 1, steps + 1):
                 batch = self.mesh.put(self._take(stream, step, state, late))
                 state, metrics = self.train_step(state, batch)
                 self._record(late)
                 self.checkpoints.poll()
                 late = (step, metrics)
-                received = stop.update(signals.received)
+                received = self.stop.update(signals.received)
                 evaluates = step % config.train.eval_every == 0 and step < steps
                 saves = step % config.checkpoint.every == 0 or step == steps
                 if evaluates or saves or received:
@@ -91,8 +102,12 @@ class Trainer:
                     score = None
                     with self.clock.paused():
                         if evaluates:
-                            score = self._evaluate_part(step, state, batch)
-                            saves = saves or self.checkpoints.is_among_best(score)
+                            try:
+                                more = self._captured(step, state, batch)
+                                score = self._evaluate_part(step, state, signals, more)
+                                saves = saves or self.checkpoints.is_among_best(score)
+                            except _BrokenOff as broken:
+                                received = broken.number
                         if saves or received:
                             self._check(step, state)
                             self.metrics.sync()
@@ -109,14 +124,19 @@ class Trainer:
         began = time.perf_counter()
         try:
             return next(stream)
-        except UsageError as error:
+        except Interrupted:
+            raise
+        except Exception as error:
             self._record(late)
             with self.clock.paused():
                 self._check(step - 1, state)
                 self.metrics.sync()
                 if step > 1:
                     self.checkpoints.save(step - 1, state, stream)
-                    raise UsageError(f"{error} ({self._how_to_resume(step - 1)})") from None
+                    self.checkpoints.wait()
+                    if isinstance(error, UsageError | processes.Elsewhere):
+                        story = f"{error} ({self._how_to_resume(step - 1)})"
+                        raise type(error)(story) from None
             raise
         finally:
             self.input_wait += time.perf_counter() - began
@@ -196,24 +216,49 @@ class Trainer:
         if not self.finite(state):
             raise DivergedError(self._diverged(step, "a parameter or moment is not finite"))
 
-    def _evaluate_part(self, step: int, state: State, batch: Any) -> float:
-        """Scores a part of the held-out split, and returns its loss."""
-        loss, tokens = self._evaluate(state, self.config.train.eval_batches)
+    def _captured(self, step: int, state: State, batch: Any) -> str:
+        """Writes what the subspaces hold of a gradient, and returns it in words.
+
+        Before the evaluation, which a run that goes on may have to repeat without the batch.
+        """
+        # (In a fused backward pass, and at the source, there is no gradient tree to measure.)
+        has_tree = not (self.config.train.fused_backward or self.config.train.project_at_source)
+        if not (self.optimizer.projects and has_tree):
+            return ""
+        found = self.subspace_step(state, batch)._asdict()
+        row = {k: v.item() for k, v in found.items()}
+        self.metrics.write({"kind": "subspace", "step": step, **row})
+        return f", {row['captured_energy']:.0%} of the gradient in the subspaces"
+
+    def _evaluate_again(self, step: int, state: State, signals: Signals) -> None:
+        """The evaluation that belongs to the last step, if a signal broke it off."""
+        config = self.config.train
+        if not step or step % config.eval_every or step >= config.steps:
+            return
+
+        def is_written() -> bool:
+            rows = records.read(self.place.metrics)
+            return any(row["kind"] == "validation" and row["step"] == step for row in rows)
+
+        if processes.from_first(is_written):
+            return
+        try:
+            with self.clock.paused():
+                self.checkpoints.rate(step, self._evaluate_part(step, state, signals))
+        except _BrokenOff as broken:
+            raise Interrupted(self._how_to_resume(step), broken.number) from None
+
+    def _evaluate_part(self, step: int, state: State, signals: Signals, more: str = "") -> float:
+        """Scores a part of the held-out split, and returns its loss; says `more` beside it."""
+        loss, tokens = self._evaluate(state, signals, self.config.train.eval_batches)
         if not math.isfinite(loss):
             raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
         row = {"kind": "validation", "step": step, "validation_loss": loss, "scored": tokens}
         self.metrics.write(row)
         line = (
             f"step {step:,}: validation loss {loss:.3f}, perplexity {report.perplexity(loss):.1f} "
-            f"({tokens:,} tokens)"
+            f"({tokens:,} tokens){more}"
         )
-        # (In a fused backward pass, and at the source, there is no gradient tree to measure.)
-        has_tree = not (self.config.train.fused_backward or self.config.train.project_at_source)
-        if self.optimizer.projects and has_tree:
-            found = self.subspace_step(state, batch)._asdict()
-            row = {k: v.item() for k, v in found.items()}
-            self.metrics.write({"kind": "subspace", "step": step, **row})
-            line += f", {row['captured_energy']:.0%} of the gradient in the subspaces"
         if self.config.log.hamiltonian:
             line += f", Hamiltonian {self._energy(step, state, loss):.3f}"
         self.screen.say(line)
@@ -232,23 +277,30 @@ class Trainer:
         return row["total"]
 
     def _evaluate(
-        self, state: State, most: int | None = None, signals: Signals | None = None
+        self, state: State, signals: Signals, most: int | None = None
     ) -> tuple[float, int]:
-        """Mean loss over the held-out stream, or over `most` batches of it, and their tokens."""
+        """Mean loss over the held-out stream, or over `most` batches of it, and their tokens.
+
+        Raises:
+          _BrokenOff: a signal came to one of the processes.
+        """
         config = self.config.train
         total, count = 0.0, 0
         for batch in self.held_out.batches(config.batch_size, config.sequence_length, most):
             nats, tokens = self.eval_step(state.params, self.mesh.put(batch))
             # Summed in double precision, in a fixed order.
             total, count = total + float(nats), count + int(tokens)
-            if signals is not None and signals.received and jax.process_count() == 1:
-                self.checkpoints.wait()
-                raise Interrupted(self._how_to_resume(self.config.train.steps), signals.received)
+            if received := self.stop.update(signals.received):
+                raise _BrokenOff(received)
         return total / count, count
 
     def _finish(self, step: int, state: State, speed: records.Row, signals: Signals) -> None:
         """Scores the whole held-out split, draws and prints; the last checkpoint is saved."""
-        loss, tokens = self._evaluate(state, signals=signals)
+        try:
+            loss, tokens = self._evaluate(state, signals)
+        except _BrokenOff as broken:
+            self.checkpoints.wait()
+            raise Interrupted(self._how_to_resume(step), broken.number) from None
         if not math.isfinite(loss):
             raise DivergedError(self._diverged(step, f"the validation loss is {loss}"))
         self.checkpoints.wait()

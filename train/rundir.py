@@ -117,9 +117,13 @@ class RunDir(NamedTuple):
                 f"--run_dir {self.path}: another run has just begun in it; give another folder"
             )
         if not self.resumes or not (self.path / "config.json").exists():
-            text = json.dumps(flatten(command.config), indent=2)
-            write_atomically(self.path / "config.json", text + "\n")
+            self.describe(command)
         return self, lock
+
+    def describe(self, command: Command) -> None:
+        """Writes the configuration, that of an earlier run over."""
+        text = json.dumps(flatten(command.config), indent=2)
+        write_atomically(self.path / "config.json", text + "\n")
 
 
 def choose(command: Command) -> RunDir:

@@ -142,7 +142,9 @@ def compile_step(config: Config, grid: mesh.Mesh) -> Compiled | Refused:
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = max(getattr(memory, "peak_memory_in_bytes", 0), arguments + results)
-    if not getattr(memory, "peak_memory_in_bytes", 0):
+    # (XLA's own for a CPU leaves the temporaries out.)
+    on_cpu = grid.devices.devices.flat[0].platform == "cpu"
+    if on_cpu or not getattr(memory, "peak_memory_in_bytes", 0):
         peak = arguments + results + temporaries
     return Compiled(arguments, temporaries, peak, hlo.traffic(compiled.as_text()))
 

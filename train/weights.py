@@ -145,16 +145,23 @@ def context(config: Config) -> int:
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Writes a tokenizer's file into a folder, for whoever uses the model there.
 
-    What it doesn't say, the token that ends a text and the model's context, goes beside it.
+    That of another tokenizer goes. What the file doesn't say, the token that ends a text and the
+    model's context, is written beside it.
     """
     about: dict[str, Any] = {"model_max_length": context}
+    kept = None
     if isinstance(tokenizer, HuggingFace):
         raw = tokenizer._tokenizer
-        (folder / TOKENIZERS[0]).write_text(raw.to_str(), encoding="utf-8")
+        kept = TOKENIZERS[0]
+        (folder / kept).write_text(raw.to_str(), encoding="utf-8")
         about["tokenizer_class"] = "PreTrainedTokenizerFast"
         about["eos_token"] = raw.id_to_token(tokenizer.end)
     elif isinstance(tokenizer, Pieces):
-        (folder / TOKENIZERS[1]).write_bytes(tokenizer._processor.serialized_model_proto())
+        kept = TOKENIZERS[1]
+        (folder / kept).write_bytes(tokenizer._processor.serialized_model_proto())
+    for name in TOKENIZERS:
+        if name != kept:
+            (folder / name).unlink(missing_ok=True)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
