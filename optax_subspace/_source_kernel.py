@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -130,7 +131,11 @@ def source_dot_general(
         return jax.lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, **options
         )
+    # As for arrays: integers times a kernel are floats, and so is what their gradient is made of.
     lhs = jnp.asarray(lhs)
+    lhs = lhs.astype(jnp.promote_types(lhs.dtype, rhs.dtype))
+    if jnp.issubdtype(lhs.dtype, jnp.complexfloating):
+        raise rhs._unknown(f"a product with {lhs.dtype} numbers")
     if rhs.ndim != len(rhs.how.reduction) + len(rhs.how.output):
         raise rhs._unknown("all slices at once: jax.vmap or jax.lax.scan take them one by one")
     (left, right), (left_batch, right_batch) = dimension_numbers
@@ -148,8 +153,8 @@ def source_dot_general(
     contracted = [left[right.index(a)] for a in how.reduction]
     x = lhs.transpose(*free, *contracted)
     sizes = [rhs.shape[a] for a in how.output]
-    m = x[(0,) * len(free)].size if x.size else 0
-    rows = x.reshape(-1, m) if x.size else x.reshape(0, 1)
+    m = math.prod(x.shape[len(free) :])
+    rows = x.reshape(math.prod(x.shape[: len(free)]), m)
     matrix = rhs.weight.transpose(*how.reduction, *how.output).reshape(m, -1)
     settings = Settings(how, precision, preferred_element_type)
     out = product(settings, rows, matrix, (rhs.bases, rhs.rules, rhs.due), rhs.probe)
