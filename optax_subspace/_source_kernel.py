@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
+from optax_subspace._sharding import explicit_axes
 from optax_subspace._source_product import How, Probe, Settings, product
 
 # What errors of JAX call the dtype of a mark.
@@ -119,7 +121,9 @@ def source_dot_general(
         ``jax.lax.dot_general``; over a kernel's reduction axes alone, without batch axes.
 
     Raises:
-      TypeError: the product contracts other axes of the kernel than its reduction axes.
+      TypeError: the product contracts other axes of the kernel than its reduction axes, or is of
+        complex numbers.
+      ValueError: the arrays are on a mesh with explicit axes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -136,6 +140,9 @@ def source_dot_general(
     lhs = lhs.astype(jnp.promote_types(lhs.dtype, rhs.dtype))
     if jnp.issubdtype(lhs.dtype, jnp.complexfloating):
         raise rhs._unknown(f"a product with {lhs.dtype} numbers")
+    for mesh in (jax.typeof(x).sharding.mesh for x in (lhs, rhs.weight)):
+        if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+            raise explicit_axes(mesh.axis_names)
     if rhs.ndim != len(rhs.how.reduction) + len(rhs.how.output):
         raise rhs._unknown("all slices at once: jax.vmap or jax.lax.scan take them one by one")
     (left, right), (left_batch, right_batch) = dimension_numbers
@@ -171,6 +178,12 @@ def source_promote_dtype(*args: Any, dtype: Any = None, inexact: bool = True) ->
       *args: arrays, kernels and None, one by one as Linen gives them, or as one tuple as NNX does.
       dtype: what they are cast to; by default the dtype that they have in common.
       inexact: make integers floating-point.
+
+    Returns:
+      What was given in one dtype, None for None; a kernel stays a kernel.
+
+    Raises:
+      TypeError: there is no dtype that all of them promote to.
 
     Example:
       >>> import jax.numpy as jnp

@@ -15,7 +15,6 @@ from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import NO_GRADIENT, directions, squared_norm
 from optax_subspace._refresh import checked, varying_as
 
-
 # What a kernel is called in the program of a loss where it is used as it may be.
 AT_SOURCE = "optax_subspace/at_source"
 
@@ -93,16 +92,18 @@ def _forward(settings, x, weight, aux, probe):
     out = _dot(settings, x, weight)
     if settings.keeps_coordinates:
         left = aux[0][settings.how.sides.index("left")]
-        kept = _narrow(x, left, settings.precision)
+        kept = _narrow(x, left, Over(settings.precision, ()))
     else:
         kept = x
     # (Of the probe nothing but its shapes is read. No number of `x` tells its dtype.)
-    return out, (kept, weight, aux, probe, jnp.zeros((0,), x.dtype))
+    return out, (kept, weight, aux, probe, varying_as(jnp.zeros((0,), x.dtype), x))
 
 
 def _backward(settings, saved, dy):
     kept, weight, aux, probe, like = saved
     dx = _dot(settings, dy, weight.T)
+    axes = not_varying(like, dx)
+    dx = jax.lax.psum(dx, axes) if axes else dx
     dx = _once(settings.how, dx.astype(like.dtype), probe.uses)
     return dx, None, None, _finder(settings)(kept, dy, aux, probe)
 
@@ -187,26 +188,46 @@ def _finder(settings: Settings) -> Any:
     return alone
 
 
+class Over(NamedTuple):
+    """How products over the tokens are made.
+
+    Attributes:
+      precision: the layer's.
+      axes: those of a ``shard_map`` that the tokens are spread over: the kernel, which they share,
+        has the gradient of all.
+    """
+
+    precision: Any
+    axes: tuple[str, ...]
+
+
+def not_varying(like: jax.Array, tree: Any) -> tuple[str, ...]:
+    """The axes of a ``shard_map`` along which ``tree`` differs and ``like`` does not."""
+    of = lambda x: jax.typeof(x).manual_axis_type.varying
+    return tuple(sorted(frozenset().union(*map(of, jax.tree.leaves(tree))) - of(like)))
+
+
 def _found(settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe) -> Probe:
     """What the backward pass of one product finds: the cotangent of its probe."""
-    how, precision = settings.how, settings.precision
+    how = settings.how
+    over = Over(settings.precision, not_varying(probe.low, (kept, dy)))
     bases, rules, due = aux
     done = jnp.zeros([], bool)
     if how.refresh:
-        gradient = Gradient(kept, dy, precision)
+        gradient = Gradient(kept, dy, over)
         bases, rules, done = _refreshed(how, gradient, bases, rules, due)
     if settings.keeps_coordinates:
-        right = _narrow(dy, bases[1], precision) if len(how.sides) == 2 else dy
-        low = _contract(kept, right, precision)
+        right = _narrow(dy, bases[1], over) if len(how.sides) == 2 else dy
+        low = _contract(kept, right, over)
     else:
         ends = {"left": kept, "right": dy}
         for side, basis in zip(how.sides, bases, strict=True):
-            ends[side] = _narrow(ends[side], basis, precision)
-        low = _contract(ends["left"], ends["right"], precision)
+            ends[side] = _narrow(ends[side], basis, over)
+        low = _contract(ends["left"], ends["right"], over)
     followed: list[tuple[jax.Array, jax.Array]] = []
     if how.rule.follow is not None:
         followed = [
-            _followed(kept, dy, side, basis, low if how.sides == (side,) else None, precision)
+            _followed(kept, dy, side, basis, low if how.sides == (side,) else None, over)
             for side, basis in zip(how.sides, bases, strict=True)
         ]
     as_probe = lambda x, p: x.reshape(p.shape).astype(p.dtype)
@@ -224,14 +245,14 @@ def _found(settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: 
     )
 
 
-def _narrow(x: jax.Array, basis: Any, precision: Any) -> jax.Array:
+def _narrow(x: jax.Array, basis: Any, over: Over) -> jax.Array:
     """``x P``, ``(t, r)`` in the dtype of ``x``."""
     basis = dequantize(basis).astype(x.dtype)
     wide = compute_dtype(x.dtype)
-    return jnp.dot(x, basis, precision=precision, preferred_element_type=wide).astype(x.dtype)
+    return jnp.dot(x, basis, precision=over.precision, preferred_element_type=wide).astype(x.dtype)
 
 
-def _contract(x: jax.Array, y: jax.Array, precision: Any) -> jax.Array:
+def _contract(x: jax.Array, y: jax.Array, over: Over) -> jax.Array:
     """``x^T y`` over the tokens.
 
     Over a mesh it is what devices add up, in the dtype that the full gradient would have: bfloat16
@@ -239,26 +260,27 @@ def _contract(x: jax.Array, y: jax.Array, precision: Any) -> jax.Array:
     """
     wide = compute_dtype(jnp.promote_types(x.dtype, y.dtype))
     summed = x.dtype if x.dtype == y.dtype == jnp.bfloat16 else wide
-    return jnp.dot(x.T, y, precision=precision, preferred_element_type=summed).astype(wide)
+    found = jnp.dot(x.T, y, precision=over.precision, preferred_element_type=summed)
+    return (jax.lax.psum(found, over.axes) if over.axes else found).astype(wide)
 
 
 def _followed(
-    x: jax.Array, dy: jax.Array, side: str, basis: Any, low: Any, precision: Any
+    x: jax.Array, dy: jax.Array, side: str, basis: Any, low: Any, over: Over
 ) -> tuple[jax.Array, jax.Array]:
     """``G G^T P / ||G||_F^2`` of one side, ``(m, r)``, and the energy within its basis."""
     if side == "right":
         x, dy = dy, x
     if low is None:
-        low = _contract(_narrow(x, basis, precision), dy, precision)
+        low = _contract(_narrow(x, basis, over), dy, over)
     elif side == "right":
         low = low.T
     scale = largest(low)
     low = low / scale
     seen_by = directions(dy.shape[1], low.dtype)
-    seen = _contract(x, _narrow(dy, seen_by, precision), precision) / scale
+    seen = _contract(x, _narrow(dy, seen_by, over), over) / scale
     squared = squared_norm(low, seen, dequantize(basis).astype(low.dtype), seen_by)
     some = squared > 0
-    product = _contract(x, _narrow(dy, low.T, precision), precision)
+    product = _contract(x, _narrow(dy, low.T, over), over)
     product = product / jnp.where(some, squared, 1) / scale
     energy = jnp.where(some, jnp.sum(low**2) / jnp.where(some, squared, 1), -1.0)
     nothing = jnp.all(low == 0) & jnp.all(seen == 0)
@@ -269,18 +291,18 @@ class Gradient:
     """``G = x^T d`` of shape ``(m, n)``, known by its products: what a rule without need of the
     matrix itself (``Projector.matrix_free``) is given at the source."""
 
-    def __init__(self, x: jax.Array, d: jax.Array, precision: Any = None):
-        self.x, self.d, self.precision = x, d, precision
+    def __init__(self, x: jax.Array, d: jax.Array, over: Over):
+        self.x, self.d, self.over = x, d, over
         self.shape, self.ndim = (x.shape[1], d.shape[1]), 2
         self.dtype = compute_dtype(jnp.promote_types(x.dtype, d.dtype))
 
     @property
     def T(self) -> Gradient:
-        return Gradient(self.d, self.x, self.precision)
+        return Gradient(self.d, self.x, self.over)
 
     def __matmul__(self, other: jax.Array) -> jax.Array:
         """``G A``, ``(m, k)``."""
-        return _contract(self.x, _narrow(self.d, other, self.precision), self.precision)
+        return _contract(self.x, _narrow(self.d, other, self.over), self.over)
 
     def __rmatmul__(self, other: jax.Array) -> jax.Array:
         """``A G``, ``(k, n)``."""
@@ -288,11 +310,14 @@ class Gradient:
 
     def dense(self) -> jax.Array:
         """The matrix."""
-        return _contract(self.x, self.d, self.precision)
+        return _contract(self.x, self.d, self.over)
 
     def scaled(self) -> Gradient:
         """Neither squares of its factors nor their products overflow or vanish."""
-        return Gradient(self.x / largest(self.x), self.d / largest(self.d), self.precision)
+        axes = self.over.axes
+        of_all = lambda x: jax.lax.pmax(x, axes) if axes else x
+        shrunk = (x / of_all(largest(x)) for x in (self.x, self.d))
+        return Gradient(*shrunk, self.over)
 
 
 def _refreshed(how: How, gradient: Gradient, bases: Any, rules: Any, due: jax.Array) -> Any:
@@ -315,7 +340,9 @@ def _refreshed(how: How, gradient: Gradient, bases: Any, rules: Any, due: jax.Ar
         keep = lambda n, o: jnp.where(usable, n, o)
         return varying((*jax.tree.map(keep, new, (bases, rules)), usable))
 
-    varying = lambda found: varying_as(found, (gradient.x, gradient.d, bases, rules, due))
+    # (Of the factors those axes aside that their products are added up over.)
+    like = (gradient @ jnp.zeros((gradient.shape[1], 1)), bases, rules, due)
+    varying = lambda found: varying_as(found, like)
     return jax.lax.cond(due, renew, lambda: varying((bases, rules, jnp.zeros([], bool))))
 
 
