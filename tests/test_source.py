@@ -1,5 +1,6 @@
 """Projection at the source equals projecting afterwards, and forms no gradient."""
 
+import doctest
 import functools
 import json
 import os
@@ -453,6 +454,11 @@ def test_fused_steps_at_the_source(name):
         found.append(now)
     assert_close(*found)
     assert float(metrics.skipped) == 0
+    if name == "svd":
+        other = lambda layer, x: x + jnp.tanh(jnp.dot(x, layer["up"])) @ layer["down"]
+        fused = osub.fused_backward(parts[0], other, parts[2], tx, at_source=True)
+        with pytest.raises(TypeError, match="uses one of layers/.* in another way"):
+            jax.eval_shape(fused.step, params, fused.init(params), data(0))
     with pytest.raises(ValueError, match="at_source=True .*remat=False"):
         osub.fused_backward(*parts, tx, at_source=True, remat=False)
 
@@ -551,3 +557,125 @@ def test_a_batch_without_a_gradient_leaves_a_basis_that_follows_alone():
     for scale in (1, 2, 0, 3, 4):
         state = step(state, scale * jax.random.normal(jax.random.key(scale), (16, 8)))
     assert int(state[0].projection.leaves["w"].refreshes) == 1
+
+
+def test_dtypes_of_the_input():
+    """Integers, booleans and shorter floats are as exact as afterwards; complex ones refused."""
+    params = kernels(a=(8, 12))
+    fun = lambda p, x: jnp.mean(jnp.tanh(x @ p["a"]))
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, side="left")
+    x = jax.random.normal(jax.random.key(0), (16, 8))
+    grad, after = (osub.subspace_value_and_grad(fun, tx, refresh=r) for r in (True, False))
+    update = jax.jit(tx.update)
+    for given in (x > 0, (4 * x).astype(jnp.int32), x.astype(jnp.bfloat16)):
+        _, gradients, source = jax.jit(grad)(params, tx.init(params), given)
+        _, state = update(gradients, tx.init(params), params, source=source)
+        _, gradients, source = jax.jit(after)(params, state, given)
+        expected = update(jax.grad(fun)(params, given), state, params)[0]
+        assert_close(update(gradients, state, params, source=source)[0], expected)
+        assert jnp.any(expected["a"])
+    assert after(params, state, x[:0])[1]["a"].low.shape == (3, 12)
+    with pytest.raises(TypeError, match="not for a product with complex64 numbers"):
+        after(params, state, x + 1j)
+
+
+def test_the_low_rank_products_have_the_precision_of_their_layer():
+    params, tx = kernels(a=(8, 12)), osub.galore(0.1, 3, side="left")
+    layer = lambda x, k: osub.source_dot_general(x, k, (((1,), (0,)), ((), ())), "highest")
+    grad = osub.subspace_value_and_grad(lambda p, x: jnp.sum(layer(x, p["a"])), tx, refresh=False)
+    program = jax.jit(grad).lower(params, tx.init(params), jnp.ones((4, 8))).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) >= 3 and all("precision = [HIGHEST" in line for line in products)
+
+
+def test_filters_of_leaves_do_not_take_a_kernel_for_numbers():
+    """Its arrays have shapes and dtypes that a filter lets through."""
+    params, x = {**kernels(a=(8, 12), e=(2, 12, 12)), "b": jnp.ones(12)}, jnp.ones((4, 8))
+    rules = [("e", MatrixSpec(-2, -1))]
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, rules=rules)
+
+    def fun(p, x):
+        x, _ = jax.lax.scan(lambda x, k: (jnp.tanh(x @ k), None), x @ p["a"] + p["b"], p["e"])
+        return jnp.sum(x)
+
+    leaves = jax.tree.leaves
+    matrices = lambda w: w.ndim > 1
+    floating = lambda w: jnp.issubdtype(w.dtype, jnp.floating)
+    on = lambda keep, f: lambda p: jax.tree.map(lambda w: f(w) if keep(w) else w, p)
+    half = lambda w: w.astype(jnp.bfloat16)
+    in_scan = lambda p: jax.lax.scan(lambda c, k: (c + jnp.sum(leaves(k)[0]), None), 0.0, p["e"])[0]
+    looped = lambda w: jax.lax.while_loop(
+        lambda c: jnp.sum(c[1]) < 0, lambda c: (c[0] + 1, c[1]), (0, w)
+    )[0]
+    for bad in (
+        lambda p, x: fun(p, x) + sum(jnp.sum(w**2) for w in leaves(p) if matrices(w)),
+        lambda p, x: fun(p, x) + sum(jnp.sum(w**2) for w in leaves(p) if floating(w)),
+        lambda p, x: fun(on(floating, half)(p), x),
+        lambda p, x: fun(on(matrices, lambda w: w * 0.5)(p), x),
+        lambda p, x: fun(p, x) + in_scan(p),
+        lambda p, x: fun(p, x) + jax.checkpoint(lambda p: jnp.sum(leaves(p["e"])[0]))(p),
+        lambda p, x: fun(p, x) + jax.lax.cond(x[0, 0] > 0, in_scan, lambda p: 0.0, p),
+        lambda p, x: fun(p, x) + looped(leaves(p["e"])[0]),
+        lambda p, x: fun(p, x) + leaves(p["a"])[0][0, 0],
+    ):
+        with pytest.raises(TypeError, match="the loss goes through the leaves.* projected at"):
+            jax.eval_shape(osub.subspace_value_and_grad(bad, tx), params, tx.init(params), x)
+
+    def moved(p, x):  # as layers in a Python loop are, one of them in a branch
+        layer = lambda i: jax.tree.map(lambda w: w[i], p["e"])
+        x = jnp.tanh(x @ p["a"].astype(jnp.bfloat16)).astype(jnp.float32) + p["b"]
+        x = x @ layer(0)
+        return jnp.sum(jax.lax.cond(x[0, 0] > 0, lambda x, k: x @ k, lambda x, k: x, x, layer(1)))
+
+    jax.eval_shape(osub.subspace_value_and_grad(moved, tx), params, tx.init(params), x)
+
+
+def test_vmap_around_the_gradient_gives_each_example_its_own():
+    params, tx = kernels(a=(8, 12)), osub.scale_by_subspace(optax.identity(), rank=3)
+    fun = lambda p, x: jnp.mean(jnp.sin(x @ p["a"]))
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
+    state = stepper(tx, fun, True)(params, tx.init(params), x[0, 0])[1]
+    for refresh in (True, False):
+        now = tx.init(params) if refresh else state
+        grad = osub.subspace_value_and_grad(fun, tx, refresh=refresh)
+        low = lambda x, now=now, grad=grad: grad(params, now, x)[1]["a"].low
+        alone = jax.jit(low)
+        loop = jnp.stack([jnp.stack([alone(one) for one in some]) for some in x])
+        along = jax.vmap(jax.vmap(grad, (None, None, 0)), (None, None, 0))
+        _, gradients, source = jax.jit(along)(params, now, x)
+        assert_close(gradients["a"].low, loop)
+        np.testing.assert_array_equal(source["a"].uses, np.ones((2, 3)))
+    # An array from outside of the arguments: the gradients would be added up.
+    outside = lambda x: osub.subspace_value_and_grad(lambda p: fun(p, x), tx)(params, state)
+    with pytest.raises(TypeError, match="not have as an argument: make it one"):
+        jax.vmap(outside)(x[0])
+
+
+def test_keyword_arguments_and_a_first_step_without_a_refresh():
+    params, tx = kernels(a=(8, 12)), osub.galore(0.1, 3)
+    fun = lambda p, *, x, by: by * jnp.mean(jnp.sin(x @ p["a"]))
+    state = tx.init(params)
+    step = jax.jit(osub.subspace_value_and_grad(fun, tx, refresh=False))
+    _, gradients, source = step(params, state, x=jnp.ones((4, 8)), by=2.0)
+    _, state = tx.update(gradients, state, params, source=source)
+    assert int(state[0].projection.skipped["a"]) == 1  # there is no basis to project by
+
+
+def test_explicit_axes_are_refused():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    params, tx = kernels(a=(8, 12)), osub.galore(0.1, 3)
+    put = lambda t: jax.device_put(t, jax.NamedSharding(mesh, jax.P()))
+    fun = lambda p, x: jnp.mean(jnp.sin(x @ p["a"]))
+    grad = osub.subspace_value_and_grad(fun, tx)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="the mesh has explicit axes"):
+        jax.eval_shape(grad, put(params), put(tx.init(params)), put(jnp.ones((4, 8))))
+
+
+def test_the_benchmarks_count_of_operations():
+    pytest.importorskip("matplotlib")
+    from benchmarks import train_step
+
+    names = {**vars(train_step), "operations": train_step.operations}
+    parsed = doctest.DocTestFinder().find(train_step.operations, globs=names)
+    results = [doctest.DocTestRunner().run(one) for one in parsed]
+    assert results and results[0].attempted == 2 and not results[0].failed
