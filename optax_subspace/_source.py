@@ -65,7 +65,8 @@ def subspace_value_and_grad(
     ``fun`` is called on parameters in which a stand-in takes the place of each projected kernel; it
     knows ``x @ kernel``, ``kernel.astype`` and :func:`source_dot_general`, also within ``scan``,
     ``vmap`` and ``jax.checkpoint``, and refuses what would lose its gradient: other uses, functions
-    that go through all of the parameters, derivatives within the loss that depend on the kernel. A
+    that go through all of the parameters, derivatives within the loss that depend on the kernel. To
+    see that, it is traced a second time, without being differentiated. A
     kernel that is used several times, as by a loop over parts of the batch, would find a basis for
     each: it is skipped at every step, and counted.
 
@@ -76,16 +77,17 @@ def subspace_value_and_grad(
       refresh: whether bases that are due are found in this pass, layer by layer: by a rule such as
         :func:`svd` from the full gradient of that layer alone. Between refreshes
         (:func:`steps_to_refresh` tells) a second compiled step with ``refresh=False`` keeps less of
-        the activations.
+        the activations. Before the first refresh that step has no basis: it skips the kernel.
 
     Returns:
-      ``(params, state, *args) -> (value, gradients, source)``. Gradients of projected kernels are
+      ``(params, state, *args, **kwargs) -> (value, gradients, source)``. Gradients of projected kernels are
       :class:`Projected` leaves; ``tx.update(gradients, state, params, source=source)`` takes both.
 
     Raises:
-      TypeError: a kernel is used in another way than above, or differentiated twice.
-      ValueError: at the call, ``state`` is not of ``tx``, or a rule asks for what the source cannot
-        give (the gradient's norm).
+      TypeError: a kernel is used in another way than above, or differentiated twice; or ``vmap``
+        around the call goes along an array that is no argument of it.
+      ValueError: at the call, ``state`` is not of ``tx``, a rule asks for what the source cannot
+        give (the gradient's norm), or the arrays are on a mesh with explicit axes.
 
     References:
       Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, whose gradients are projected
@@ -166,7 +168,7 @@ class AtSource:
             return [x for x in jax.tree.leaves(found) if isinstance(x, jax.Array)]
 
         program = jax.make_jaxpr(run)(self._kernels, self.rest)
-        held = [
+        held: list[Held | None] = [
             Held(name, path[0] == jax.tree_util.GetAttrKey("weight"))
             for name, kernel in sorted(self._kernels.items())
             for path, _ in jax.tree_util.tree_leaves_with_path(kernel)

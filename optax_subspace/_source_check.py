@@ -68,6 +68,7 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Held | None, list[Held |
                 found = some
         if found is not None:
             return found, []
+        assert out is not None
         now.update({v: h for v, h in zip(eqn.outvars, out, strict=True) if h is not None})
     return None, [of(v) for v in jaxpr.outvars]
 
@@ -106,7 +107,7 @@ def _within(eqn: Any, given: list[Any]) -> tuple[Held | None, list[Any] | None]:
                 return None, carry + out[len(carry) :]
             carry = new
     for key in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr"):
-        program = open_up(params.get(key))
+        program: Any = open_up(params.get(key))
         if hasattr(program, "eqns") and len(program.invars) == len(given):
             return _walk(program, given)
     return None, None

@@ -316,8 +316,8 @@ class Gradient:
         """Neither squares of its factors nor their products overflow or vanish."""
         axes = self.over.axes
         of_all = lambda x: jax.lax.pmax(x, axes) if axes else x
-        shrunk = (x / of_all(largest(x)) for x in (self.x, self.d))
-        return Gradient(*shrunk, self.over)
+        shrunk = lambda x: x / of_all(largest(x))
+        return Gradient(shrunk(self.x), shrunk(self.d), self.over)
 
 
 def _refreshed(how: How, gradient: Gradient, bases: Any, rules: Any, due: jax.Array) -> Any:
