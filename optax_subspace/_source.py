@@ -80,8 +80,9 @@ def subspace_value_and_grad(
         the activations. Before the first refresh that step has no basis: it skips the kernel.
 
     Returns:
-      ``(params, state, *args, **kwargs) -> (value, gradients, source)``. Gradients of projected kernels are
-      :class:`Projected` leaves; ``tx.update(gradients, state, params, source=source)`` takes both.
+      ``(params, state, *args, **kwargs) -> (value, gradients, source)``. Gradients of projected
+      kernels are :class:`Projected` leaves; ``tx.update(gradients, state, params, source=source)``
+      takes both.
 
     Raises:
       TypeError: a kernel is used in another way than above, or differentiated twice; or ``vmap``

@@ -464,7 +464,7 @@ def test_fused_steps_at_the_source(name):
 
 
 PARALLEL = r"""
-import json, math, pathlib, re, tempfile
+import functools, json, math, pathlib, re, tempfile
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import optax_subspace as osub
@@ -489,6 +489,7 @@ def loss(params, x):
         return x + jnp.tanh(x @ layer["up"]) @ layer["down"], None
     x, _ = jax.lax.scan(block, x, params["layers"])
     return jnp.mean((x @ params["head"]) ** 2)
+@functools.cache
 def make(refresh, tx=tx):
     grad = osub.subspace_value_and_grad(loss, tx, refresh=refresh)
     def step(params, state, x):
