@@ -195,7 +195,11 @@ class Subspace:
             if is_projected(leaf):
                 found = found_at_source(source, plan)
                 assert old is not None  # check_state has seen to it
-                low = jnp.where(jnp.any(found.uses > 1), jnp.nan, leaf.low)
+                # Several uses, or no basis yet where none could be found, tell nothing.
+                lost = jnp.any(found.uses > 1)
+                if not found.bases:
+                    lost |= jnp.all(old.refreshes == 0) & jnp.any(found.uses > 0)
+                low = jnp.where(lost, jnp.nan, leaf.low)
                 basis, before = self._adopt_leaf(plan, old, found, low, early)
                 bases = tuple(dequantize(b) for b in basis.bases)
             else:

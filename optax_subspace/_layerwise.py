@@ -194,7 +194,9 @@ def fused_backward(
                 return gradients, None, dx
             here = AtSource(tx, {layers: dequantize(layer)}, inner, refresh=True)
             run = lambda probes, rest, x: block(here.merge(probes, rest)[layers], x)
-            *cotangents, dx = jax.vjp(run, here.probes, here.rest, saved)[1](dy)
+            with here.explained():
+                *cotangents, dx = jax.vjp(run, here.probes, here.rest, saved)[1](dy)
+                here.check(lambda tree: block(tree[layers], saved))
             gradients, source = here.collect(*cotangents)
             return as_seen(gradients[layers]), source, dx
 

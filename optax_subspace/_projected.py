@@ -19,6 +19,12 @@ class Projected:
       low: ``P^T G``, ``G Q`` or ``P^T G Q``, in the arithmetic's dtype.
       shape: the parameter's.
       dtype: the parameter's, which the update takes on.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> gradient = Projected(jnp.ones((2, 4)), (8, 4), jnp.dtype("float32"))
+      >>> jax.tree.map(lambda low: low / 2, gradient).low.shape, gradient.shape
+      ((2, 4), (8, 4))
     """
 
     low: jax.Array
@@ -38,6 +44,16 @@ class SourceBasis(NamedTuple):
         refreshes none.
       done: boolean ``(*batch,)``.
       uses: float32 ``(*batch,)``, how often the kernel was used; a basis moves only if once.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_subspace import galore, subspace_value_and_grad
+      >>> tx, params = galore(0.1, rank=2), {"w": jnp.eye(8, 4)}
+      >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+      >>> grad = subspace_value_and_grad(loss, tx)
+      >>> _, _, source = grad(params, tx.init(params), jnp.ones((16, 8)))
+      >>> source["w"].bases[0].shape, bool(source["w"].done), float(source["w"].uses)
+      ((4, 2), True, 1.0)
     """
 
     products: tuple[jax.Array, ...]

@@ -21,6 +21,14 @@ from optax_subspace._projection_state import LeafBasis, ProjectionState, plan_of
 _Axes = tuple[str, ...] | None  # mesh axes that one axis of an array is split over
 
 
+def explicit_axes(names: tuple[str, ...]) -> ValueError:
+    return ValueError(
+        f"the mesh has explicit axes {names}, for which JAX asks a sharding of every product: make "
+        "it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * "
+        f"{len(names)}), or give jax.sharding.Mesh"
+    )
+
+
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
     """The shardings that keep ``tx``'s state beside the parameters that it belongs to.
 
@@ -79,11 +87,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     if mesh is None:
         return jax.tree.map(lambda _: None, jax.eval_shape(tx.init, params))
     if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-        raise ValueError(
-            f"the mesh has explicit axes {mesh.axis_names}, for which JAX asks a sharding of every "
-            "product: make it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * "
-            f"{len(mesh.axis_names)}), or give jax.sharding.Mesh"
-        )
+        raise explicit_axes(mesh.axis_names)
     plans, state = planned(tx, params)
     for plan in plans:
         batch = _batch_axes(plan, specs[plan.path])

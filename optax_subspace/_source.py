@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +25,13 @@ from optax_subspace._projection_state import (
     LeafBasis,
     ProjectionState,
     check_state,
+)
+from optax_subspace._refresh import varying_as
+from optax_subspace._source_check import (
+    Held,
+    along_no_other_axes,
+    along_outer_axes,
+    first_misuse,
 )
 from optax_subspace._source_kernel import MARK_DTYPE, SourceKernel, mark
 from optax_subspace._source_product import (
@@ -57,7 +65,8 @@ def subspace_value_and_grad(
     ``fun`` is called on parameters in which a stand-in takes the place of each projected kernel; it
     knows ``x @ kernel``, ``kernel.astype`` and :func:`source_dot_general`, also within ``scan``,
     ``vmap`` and ``jax.checkpoint``, and refuses what would lose its gradient: other uses, functions
-    that go through all of the parameters, derivatives within the loss that depend on the kernel. A
+    that go through all of the parameters, derivatives within the loss that depend on the kernel. To
+    see that, it is traced a second time, without being differentiated. A
     kernel that is used several times, as by a loop over parts of the batch, would find a basis for
     each: it is skipped at every step, and counted.
 
@@ -68,16 +77,18 @@ def subspace_value_and_grad(
       refresh: whether bases that are due are found in this pass, layer by layer: by a rule such as
         :func:`svd` from the full gradient of that layer alone. Between refreshes
         (:func:`steps_to_refresh` tells) a second compiled step with ``refresh=False`` keeps less of
-        the activations.
+        the activations. Before the first refresh that step has no basis: it skips the kernel.
 
     Returns:
-      ``(params, state, *args) -> (value, gradients, source)``. Gradients of projected kernels are
-      :class:`Projected` leaves; ``tx.update(gradients, state, params, source=source)`` takes both.
+      ``(params, state, *args, **kwargs) -> (value, gradients, source)``. Gradients of projected
+      kernels are :class:`Projected` leaves; ``tx.update(gradients, state, params, source=source)``
+      takes both.
 
     Raises:
-      TypeError: a kernel is used in another way than above, or differentiated twice.
-      ValueError: at the call, ``state`` is not of ``tx``, or a rule asks for what the source cannot
-        give (the gradient's norm).
+      TypeError: a kernel is used in another way than above, or differentiated twice; or ``vmap``
+        around the call goes along an array that is no argument of it.
+      ValueError: at the call, ``state`` is not of ``tx``, a rule asks for what the source cannot
+        give (the gradient's norm), or the arrays are on a mesh with explicit axes.
 
     References:
       Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, whose gradients are projected
@@ -99,16 +110,17 @@ def subspace_value_and_grad(
       (8, 2)
     """
 
-    def value_and_grad(params: Any, state: Any, *args: Any) -> Any:
+    def value_and_grad(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         at_source = AtSource(tx, params, state, refresh)
-        parts = at_source.probes, at_source.rest
-        loss = lambda *parts: fun(at_source.merge(*parts), *args)
+        probes = along_outer_axes(at_source.probes, (params, state, args, kwargs))
+        parts = probes, at_source.rest
+        loss = lambda *parts: fun(at_source.merge(*parts), *args, **kwargs)
         differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)
-        try:
+        with at_source.explained():
             value, cotangents = differentiate(*parts)
-        except (TypeError, NotImplementedError) as error:
-            at_source.explain(error)
-            raise
+            at_source.check(lambda tree: fun(tree, *args, **kwargs))
+        scalar = value[0] if has_aux else value
+        cotangents = along_no_other_axes(cotangents[0], probes, scalar), cotangents[1]
         return value, *at_source.collect(*cotangents)
 
     return value_and_grad
@@ -136,7 +148,46 @@ class AtSource:
         put = lambda name: dataclasses.replace(self._kernels[name], probe=probes[name])
         return self._tree(lambda name: put(name) if name in probes else rest[name])
 
-    def explain(self, error: Exception) -> None:
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Says what errors of JAX mean that come of a stand-in."""
+        try:
+            yield
+        except (TypeError, NotImplementedError) as error:
+            self._explain(error)
+            raise
+
+    def check(self, fun: Callable[[Any], Any]) -> None:
+        """Refuses a function of the parameters that computes with the arrays of a stand-in.
+
+        Those are all that a filter by shape or dtype sees of it, and neither the basis nor what is
+        found for it may go into a loss.
+        """
+
+        def run(kernels: dict[str, SourceKernel], rest: dict[str, Any]) -> Any:
+            found = fun(self._tree(lambda name: kernels[name] if name in kernels else rest[name]))
+            return [x for x in jax.tree.leaves(found) if isinstance(x, jax.Array)]
+
+        program = jax.make_jaxpr(run)(self._kernels, self.rest)
+        held: list[Held | None] = [
+            Held(name, path[0] == jax.tree_util.GetAttrKey("weight"))
+            for name, kernel in sorted(self._kernels.items())
+            for path, _ in jax.tree_util.tree_leaves_with_path(kernel)
+        ]
+        held += [None] * len(jax.tree.leaves(self.rest))
+        misused = first_misuse(program.jaxpr, held)
+        if misused is not None:
+            raise self._goes_through(misused.path)
+
+    def _goes_through(self, names: str) -> TypeError:
+        return TypeError(
+            "the loss goes through the leaves of all parameters, as a norm of them does or a "
+            f"cast, and {names} are projected at the source, where their gradient is that of "
+            "x @ kernel alone: leave them out of it (weight_decay= of the optimizer is what an "
+            "L2 norm is for, kernel.astype casts one kernel), or project afterwards"
+        )
+
+    def _explain(self, error: Exception) -> None:
         """Raises what an error of JAX means where it met a stand-in."""
         names, said = ", ".join([*self._kernels][:5]), str(error)
         names += ", ..." * (len(self._kernels) > 5)
@@ -144,12 +195,7 @@ class AtSource:
         if "custom_lin" in said:
             raise differentiated_twice(names) from error
         if MARK_DTYPE in said or "abstract method" in said:
-            raise TypeError(
-                "the loss goes through the leaves of all parameters, as a norm of them does or a "
-                f"cast, and {names} are projected at the source, where their gradient is that of "
-                "x @ kernel alone: leave them out of it (weight_decay= of the optimizer is what an "
-                "L2 norm is for, kernel.astype casts one kernel), or project afterwards"
-            ) from error
+            raise self._goes_through(names) from error
         if SourceKernel.__name__ in said:
             raise TypeError(
                 f"the loss uses one of {names} in another way than x @ kernel or "
@@ -286,5 +332,7 @@ def _kernel(
         done=per_slice,
         uses=per_slice,
     )
+    # Devices of a shard_map that have kernels of their own have gradients of their own.
+    probe = varying_as(probe, (weight, leaf))
     due = (leaf.age >= leaf.due) & (first | (leaf.refreshes == 0))
     return SourceKernel(weight, leaf.bases, leaf.rule, due, probe, mark(plan.batch_shape), how)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
+from optax_subspace._sharding import explicit_axes
 from optax_subspace._source_product import How, Probe, Settings, product
 
 # What errors of JAX call the dtype of a mark.
@@ -118,7 +121,9 @@ def source_dot_general(
         ``jax.lax.dot_general``; over a kernel's reduction axes alone, without batch axes.
 
     Raises:
-      TypeError: the product contracts other axes of the kernel than its reduction axes.
+      TypeError: the product contracts other axes of the kernel than its reduction axes, or is of
+        complex numbers.
+      ValueError: the arrays are on a mesh with explicit axes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,7 +135,14 @@ def source_dot_general(
         return jax.lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, **options
         )
+    # As for arrays: integers times a kernel are floats, and so is what their gradient is made of.
     lhs = jnp.asarray(lhs)
+    lhs = lhs.astype(jnp.promote_types(lhs.dtype, rhs.dtype))
+    if jnp.issubdtype(lhs.dtype, jnp.complexfloating):
+        raise rhs._unknown(f"a product with {lhs.dtype} numbers")
+    for mesh in (jax.typeof(x).sharding.mesh for x in (lhs, rhs.weight)):
+        if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+            raise explicit_axes(mesh.axis_names)
     if rhs.ndim != len(rhs.how.reduction) + len(rhs.how.output):
         raise rhs._unknown("all slices at once: jax.vmap or jax.lax.scan take them one by one")
     (left, right), (left_batch, right_batch) = dimension_numbers
@@ -148,8 +160,8 @@ def source_dot_general(
     contracted = [left[right.index(a)] for a in how.reduction]
     x = lhs.transpose(*free, *contracted)
     sizes = [rhs.shape[a] for a in how.output]
-    m = x[(0,) * len(free)].size if x.size else 0
-    rows = x.reshape(-1, m) if x.size else x.reshape(0, 1)
+    m = math.prod(x.shape[len(free) :])
+    rows = x.reshape(math.prod(x.shape[: len(free)]), m)
     matrix = rhs.weight.transpose(*how.reduction, *how.output).reshape(m, -1)
     settings = Settings(how, precision, preferred_element_type)
     out = product(settings, rows, matrix, (rhs.bases, rhs.rules, rhs.due), rhs.probe)
@@ -166,6 +178,12 @@ def source_promote_dtype(*args: Any, dtype: Any = None, inexact: bool = True) ->
       *args: arrays, kernels and None, one by one as Linen gives them, or as one tuple as NNX does.
       dtype: what they are cast to; by default the dtype that they have in common.
       inexact: make integers floating-point.
+
+    Returns:
+      What was given in one dtype, None for None; a kernel stays a kernel.
+
+    Raises:
+      TypeError: there is no dtype that all of them promote to.
 
     Example:
       >>> import jax.numpy as jnp

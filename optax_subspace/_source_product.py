@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from optax_subspace._blocks import dequantize
 from optax_subspace._projection import compute_dtype, largest
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import NO_GRADIENT, directions, squared_norm
-from optax_subspace._refresh import checked
+from optax_subspace._refresh import checked, varying_as
+
+# What a kernel is called in the program of a loss where it is used as it may be.
+AT_SOURCE = "optax_subspace/at_source"
 
 
 class How(NamedTuple):
@@ -74,27 +78,32 @@ class Settings(NamedTuple):
 def product(settings: Settings, x: Any, weight: Any, aux: Any, probe: Probe) -> jax.Array:
     """``x (t, m) @ weight (m, n)``."""
     del aux, probe
+    # (Not in `_forward`, where what policies of rematerialisation keep goes by names.)
+    return _dot(settings, x, checkpoint_name(weight, AT_SOURCE))
+
+
+def _dot(settings: Settings, x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.dot(
         x, weight, precision=settings.precision, preferred_element_type=settings.preferred
     )
 
 
 def _forward(settings, x, weight, aux, probe):
-    out = product(settings, x, weight, aux, probe)
+    out = _dot(settings, x, weight)
     if settings.keeps_coordinates:
         left = aux[0][settings.how.sides.index("left")]
-        kept = _narrow(x, left)
+        kept = _narrow(x, left, Over(settings.precision, ()))
     else:
         kept = x
     # (Of the probe nothing but its shapes is read. No number of `x` tells its dtype.)
-    return out, (kept, weight, aux, probe, x[:0])
+    return out, (kept, weight, aux, probe, varying_as(jnp.zeros((0,), x.dtype), x))
 
 
 def _backward(settings, saved, dy):
     kept, weight, aux, probe, like = saved
-    dx = jnp.dot(
-        dy, weight.T, precision=settings.precision, preferred_element_type=settings.preferred
-    )
+    dx = _dot(settings, dy, weight.T)
+    axes = not_varying(like, dx)
+    dx = jax.lax.psum(dx, axes) if axes else dx
     dx = _once(settings.how, dx.astype(like.dtype), probe.uses)
     return dx, None, None, _finder(settings)(kept, dy, aux, probe)
 
@@ -179,25 +188,46 @@ def _finder(settings: Settings) -> Any:
     return alone
 
 
+class Over(NamedTuple):
+    """How products over the tokens are made.
+
+    Attributes:
+      precision: the layer's.
+      axes: those of a ``shard_map`` that the tokens are spread over: the kernel, which they share,
+        has the gradient of all.
+    """
+
+    precision: Any
+    axes: tuple[str, ...]
+
+
+def not_varying(like: jax.Array, tree: Any) -> tuple[str, ...]:
+    """The axes of a ``shard_map`` along which ``tree`` differs and ``like`` does not."""
+    of = lambda x: jax.typeof(x).manual_axis_type.varying
+    return tuple(sorted(frozenset().union(*map(of, jax.tree.leaves(tree))) - of(like)))
+
+
 def _found(settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe) -> Probe:
     """What the backward pass of one product finds: the cotangent of its probe."""
     how = settings.how
+    over = Over(settings.precision, not_varying(probe.low, (kept, dy)))
     bases, rules, due = aux
     done = jnp.zeros([], bool)
     if how.refresh:
-        gradient = Gradient(kept, dy)
+        gradient = Gradient(kept, dy, over)
         bases, rules, done = _refreshed(how, gradient, bases, rules, due)
     if settings.keeps_coordinates:
-        low = _contract(kept, _narrow(dy, bases[1]) if len(how.sides) == 2 else dy)
+        right = _narrow(dy, bases[1], over) if len(how.sides) == 2 else dy
+        low = _contract(kept, right, over)
     else:
         ends = {"left": kept, "right": dy}
         for side, basis in zip(how.sides, bases, strict=True):
-            ends[side] = _narrow(ends[side], basis)
-        low = _contract(ends["left"], ends["right"])
+            ends[side] = _narrow(ends[side], basis, over)
+        low = _contract(ends["left"], ends["right"], over)
     followed: list[tuple[jax.Array, jax.Array]] = []
     if how.rule.follow is not None:
         followed = [
-            _followed(kept, dy, side, basis, low if how.sides == (side,) else None)
+            _followed(kept, dy, side, basis, low if how.sides == (side,) else None, over)
             for side, basis in zip(how.sides, bases, strict=True)
         ]
     as_probe = lambda x, p: x.reshape(p.shape).astype(p.dtype)
@@ -215,34 +245,43 @@ def _found(settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: 
     )
 
 
-def _narrow(x: jax.Array, basis: Any) -> jax.Array:
+def _narrow(x: jax.Array, basis: Any, over: Over) -> jax.Array:
     """``x P``, ``(t, r)`` in the dtype of ``x``."""
     basis = dequantize(basis).astype(x.dtype)
-    return jnp.dot(x, basis, preferred_element_type=compute_dtype(x.dtype)).astype(x.dtype)
+    wide = compute_dtype(x.dtype)
+    return jnp.dot(x, basis, precision=over.precision, preferred_element_type=wide).astype(x.dtype)
 
 
-def _contract(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``x^T y`` over the tokens."""
-    return jnp.dot(x.T, y, preferred_element_type=compute_dtype(x.dtype))
+def _contract(x: jax.Array, y: jax.Array, over: Over) -> jax.Array:
+    """``x^T y`` over the tokens.
+
+    Over a mesh it is what devices add up, in the dtype that the full gradient would have: bfloat16
+    stays that. (Float16 does not, where sums over tokens overflow.)
+    """
+    wide = compute_dtype(jnp.promote_types(x.dtype, y.dtype))
+    summed = x.dtype if x.dtype == y.dtype == jnp.bfloat16 else wide
+    found = jnp.dot(x.T, y, precision=over.precision, preferred_element_type=summed)
+    return (jax.lax.psum(found, over.axes) if over.axes else found).astype(wide)
 
 
 def _followed(
-    x: jax.Array, dy: jax.Array, side: str, basis: Any, low: Any
+    x: jax.Array, dy: jax.Array, side: str, basis: Any, low: Any, over: Over
 ) -> tuple[jax.Array, jax.Array]:
     """``G G^T P / ||G||_F^2`` of one side, ``(m, r)``, and the energy within its basis."""
     if side == "right":
         x, dy = dy, x
     if low is None:
-        low = _contract(_narrow(x, basis), dy)
+        low = _contract(_narrow(x, basis, over), dy, over)
     elif side == "right":
         low = low.T
     scale = largest(low)
     low = low / scale
     seen_by = directions(dy.shape[1], low.dtype)
-    seen = _contract(x, _narrow(dy, seen_by)) / scale
+    seen = _contract(x, _narrow(dy, seen_by, over), over) / scale
     squared = squared_norm(low, seen, dequantize(basis).astype(low.dtype), seen_by)
     some = squared > 0
-    product = _contract(x, _narrow(dy, low.T)) / jnp.where(some, squared, 1) / scale
+    product = _contract(x, _narrow(dy, low.T, over), over)
+    product = product / jnp.where(some, squared, 1) / scale
     energy = jnp.where(some, jnp.sum(low**2) / jnp.where(some, squared, 1), -1.0)
     nothing = jnp.all(low == 0) & jnp.all(seen == 0)
     return product, jnp.where(nothing, NO_GRADIENT, energy)
@@ -252,18 +291,18 @@ class Gradient:
     """``G = x^T d`` of shape ``(m, n)``, known by its products: what a rule without need of the
     matrix itself (``Projector.matrix_free``) is given at the source."""
 
-    def __init__(self, x: jax.Array, d: jax.Array):
-        self.x, self.d = x, d
+    def __init__(self, x: jax.Array, d: jax.Array, over: Over):
+        self.x, self.d, self.over = x, d, over
         self.shape, self.ndim = (x.shape[1], d.shape[1]), 2
         self.dtype = compute_dtype(jnp.promote_types(x.dtype, d.dtype))
 
     @property
     def T(self) -> Gradient:
-        return Gradient(self.d, self.x)
+        return Gradient(self.d, self.x, self.over)
 
     def __matmul__(self, other: jax.Array) -> jax.Array:
         """``G A``, ``(m, k)``."""
-        return _contract(self.x, _narrow(self.d, other))
+        return _contract(self.x, _narrow(self.d, other, self.over), self.over)
 
     def __rmatmul__(self, other: jax.Array) -> jax.Array:
         """``A G``, ``(k, n)``."""
@@ -271,11 +310,14 @@ class Gradient:
 
     def dense(self) -> jax.Array:
         """The matrix."""
-        return _contract(self.x, self.d)
+        return _contract(self.x, self.d, self.over)
 
     def scaled(self) -> Gradient:
         """Neither squares of its factors nor their products overflow or vanish."""
-        return Gradient(self.x / largest(self.x), self.d / largest(self.d))
+        axes = self.over.axes
+        of_all = lambda x: jax.lax.pmax(x, axes) if axes else x
+        shrunk = lambda x: x / of_all(largest(x))
+        return Gradient(shrunk(self.x), shrunk(self.d), self.over)
 
 
 def _refreshed(how: How, gradient: Gradient, bases: Any, rules: Any, due: jax.Array) -> Any:
@@ -296,9 +338,12 @@ def _refreshed(how: How, gradient: Gradient, bases: Any, rules: Any, due: jax.Ar
         ]
         new = tuple(b for b, _ in sides), tuple(s for _, s in sides)
         keep = lambda n, o: jnp.where(usable, n, o)
-        return (*jax.tree.map(keep, new, (bases, rules)), usable)
+        return varying((*jax.tree.map(keep, new, (bases, rules)), usable))
 
-    return jax.lax.cond(due, renew, lambda: (bases, rules, jnp.zeros([], bool)))
+    # (Of the factors those axes aside that their products are added up over.)
+    like = (gradient @ jnp.zeros((gradient.shape[1], 1)), bases, rules, due)
+    varying = lambda found: varying_as(found, like)
+    return jax.lax.cond(due, renew, lambda: varying((bases, rules, jnp.zeros([], bool))))
 
 
 def as_floats(tree: Any) -> Any:

@@ -1,0 +1,161 @@
+"""What is done to the arrays of a kernel at the source, and axes of `vmap` around it all."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from optax_subspace._source_product import AT_SOURCE
+
+
+class Held(NamedTuple):
+    """A value of a program that is an array of a kernel, or a part of one.
+
+    Attributes:
+      path: the parameter's.
+      weight: whether it is of the weight, which may be cast.
+    """
+
+    path: str
+    weight: bool
+
+
+# Primitives that put numbers elsewhere and leave them as they are, and `stop_gradient`, after which
+# a gradient of zero is right.
+_MOVES = (
+    *("broadcast_in_dim", "concatenate", "copy", "copy_p", "device_put", "dynamic_slice"),
+    *("expand_dims", "gather", "mesh_cast", "name", "pcast", "pvary", "reshape", "reshard"),
+    *("sharding_constraint", "slice", "split", "squeeze", "stack", "stop_gradient", "transpose"),
+)
+
+
+def first_misuse(jaxpr: Any, held: list[Held | None]) -> Held | None:
+    """The first of the kernels whose arrays ``jaxpr`` computes with, or has for its result.
+
+    Args:
+      jaxpr: of a loss, before it is differentiated.
+      held: what its arguments are.
+    """
+    found, out = _walk(jaxpr, held)
+    # (Of results that follow the loss, of aux, there is no gradient to lose.)
+    return found or (out[0] if out else None)
+
+
+def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Held | None, list[Held | None]]:
+    """A kernel that is computed with, and what the results are."""
+    now = {v: h for v, h in zip(jaxpr.invars, held, strict=True) if h is not None}
+    of = lambda v: None if isinstance(v, Literal) else now.get(v)
+    for eqn in jaxpr.eqns:
+        given = [of(v) for v in eqn.invars]
+        some = next((h for h in given if h is not None), None)
+        if some is None:
+            continue
+        name = eqn.primitive.name
+        if name == "name" and eqn.params["name"] == AT_SOURCE:
+            continue
+        found, out = _within(eqn, given)
+        if out is None:
+            if name == "optimization_barrier":
+                out = given
+            elif name in _MOVES:
+                out = [some] * len(eqn.outvars)
+            elif name == "convert_element_type" and some.weight:
+                out = [some]
+            else:
+                found = some
+        if found is not None:
+            return found, []
+        assert out is not None
+        now.update({v: h for v, h in zip(eqn.outvars, out, strict=True) if h is not None})
+    return None, [of(v) for v in jaxpr.outvars]
+
+
+def _within(eqn: Any, given: list[Any]) -> tuple[Held | None, list[Any] | None]:
+    """``_walk`` of an equation that holds programs; results of None where it holds none."""
+    params, name = eqn.params, eqn.primitive.name
+    open_up = lambda program: getattr(program, "jaxpr", program)
+    if name == "cond":
+        branches = [_walk(open_up(branch), given[1:]) for branch in params["branches"]]
+        found = next((f for f, _ in branches if f is not None), None)
+        results = zip(*(out for _, out in branches), strict=True) if found is None else ()
+        return found, [next(filter(None, held), None) for held in results]
+    if name == "while":
+        at, n = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+        carry = given[n:]
+        while True:
+            found, out = _walk(open_up(params["body_jaxpr"]), given[at:n] + carry)
+            found = found or _walk(open_up(params["cond_jaxpr"]), given[:at] + carry)[0]
+            if found is not None:
+                return found, []
+            new = [old or h for old, h in zip(carry, out, strict=True)]
+            if new == carry:
+                return None, carry
+            carry = new
+    if name == "scan":
+        first = params["num_consts"]
+        last = first + params["num_carry"]
+        carry = given[first:last]
+        while True:
+            found, out = _walk(open_up(params["jaxpr"]), given[:first] + carry + given[last:])
+            if found is not None:
+                return found, []
+            new = [old or h for old, h in zip(carry, out, strict=False)]
+            if new == carry:
+                return None, carry + out[len(carry) :]
+            carry = new
+    for key in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr"):
+        program: Any = open_up(params.get(key))
+        if hasattr(program, "eqns") and len(program.invars) == len(given):
+            return _walk(program, given)
+    return None, None
+
+
+def along_outer_axes(probes: Any, others: Any) -> Any:
+    """``probes``, with an axis of their own along each of a ``vmap`` around the gradient.
+
+    Within a loss an axis of examples is more tokens of one gradient; around it each has its own.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def tied(probes: Any, others: Any) -> Any:
+        del others
+        return probes
+
+    @tied.def_vmap
+    def _(size: int, batched: Any, probes: Any, others: Any) -> Any:
+        whole = lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape))
+        probes = jax.tree.map(whole, probes, batched[0])
+        # (Again, for an axis around this one.)
+        return tied(probes, others), jax.tree.map(lambda _: True, probes)
+
+    others = [x for x in jax.tree.leaves(others) if isinstance(x, jax.Array)]
+    # (Derivatives are `_once`'s to refuse.)
+    return tied(probes, jax.lax.stop_gradient(others))
+
+
+def along_no_other_axes(found: Any, probes: Any, value: Any) -> Any:
+    """``found``, the cotangents of ``probes``, unless an axis around the loss is added up in them.
+
+    Raises:
+      TypeError: one is: of what the function has from outside of its arguments.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def checked(found: Any, probes: Any, value: Any) -> Any:
+        del probes, value
+        return found
+
+    @checked.def_vmap
+    def _(size: int, batched: Any, *given: Any) -> Any:
+        del size
+        if batched[2] and not any(jax.tree.leaves(batched[:2])):
+            raise TypeError(
+                "jax.vmap around a gradient at the source goes along an array that its function "
+                "does not have as an argument: make it one (the gradients would be added up)"
+            )
+        return checked(*given), batched[0]
+
+    return checked(found, probes, value) if found else found
