@@ -133,6 +133,13 @@ def test_a_failed_saving_is_told_at_the_next_step(saved, said, monkeypatch):
     monkeypatch.setattr(cache, "write_checksums", full)
     saved.save(40, make_state(40), Position(40))
     deadline = time.monotonic() + 30
+    while not saved._saving.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # Of several processes one would wait here for the others, which are not done yet.
+    with monkeypatch.context() as several:
+        several.setattr(jax, "process_count", lambda: 2)
+        saved.poll()
     with pytest.raises(UsageError, match="step 40.*no space left"):
         while time.monotonic() < deadline:
             saved.poll()

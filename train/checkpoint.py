@@ -140,8 +140,12 @@ class Checkpoints:
             _write_score(self._folder / str(step), step, score)
 
     def poll(self) -> None:
-        """Raises what `wait` would, if the saving that was begun last has failed by now."""
-        if self._saving is not None and self._saving.done():
+        """Raises what `wait` would, if the saving that was begun last has failed by now.
+
+        Of several processes none: they must all wait at the same step, and end their parts at
+        different ones. They are told with the next saving.
+        """
+        if jax.process_count() == 1 and self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
