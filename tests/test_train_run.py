@@ -181,6 +181,7 @@ def test_sigterm_saves_and_the_printed_command_resumes(words, reference, tmp_pat
     assert_same_run(folder, reference[0])
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation_ends_it_and_the_next_run_repeats_it(
     words, reference, tmp_path, capsys, monkeypatch
 ):
