@@ -168,7 +168,7 @@ def test_a_shard_that_breaks_in_one_process_loses_nothing(words, tmp_path):
     commands = commands_of(words, folder, *[["--train.steps", "60"]] * 2)
     (_, first), (_, second) = two([["-c", FAILS, *each] for each in commands], [2, 2])
     step = records.read(folder / "metrics.jsonl")[-1]["step"]
-    assert 5 < step < 60 and f"the checkpoint of step {step} is saved" in first
+    assert 1 < step < 60 and f"the checkpoint of step {step} is saved" in first
     assert "process 1 can't go on" in first and "a.jsonl was changed" in second
     two([["-m", "train", *each, "--resume"] for each in commands], [0, 0])
     other = commands_of(words, tmp_path / "whole", *[["--train.steps", "60"]] * 2)
