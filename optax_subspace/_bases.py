@@ -16,7 +16,14 @@ import optax
 from optax_subspace._blocks import dequantize, storage_of, zeros
 from optax_subspace._describe import record, warn_about_rules
 from optax_subspace._handover import LowRankUpdate
-from optax_subspace._leaves import LeafPlan, Rules, check_scale, check_side
+from optax_subspace._leaves import (
+    LeafPlan,
+    Rules,
+    check_scale,
+    check_side,
+    compile_rules,
+    rules_of,
+)
 from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projected import SourceBasis, found_at_source, is_projected
 from optax_subspace._projection import compute_dtype, project, to_matrices
@@ -40,8 +47,8 @@ from optax_subspace._refresh import (
     follow_product,
     joined,
     refresh,
-    varying_as,
 )
+from optax_subspace._varying import varying_as
 
 MOMENTS = ("keep", "project", "reset")
 
@@ -86,7 +93,8 @@ class Subspace:
         if not isinstance(stagger, bool | np.bool_):
             raise TypeError(f"stagger must be True or False, got {stagger!r}")
         self.rank, self.side, self.scale = rank, side, scale
-        self.rules = None if rules is None else tuple(rules)
+        self.rules = rules_of(rules)
+        compile_rules(self.rules)  # raises for what are none
         self.projector, self.inner = projector, inner
         self.stagger, self.moments, self.accumulate, self.seed = stagger, moments, accumulate, seed
         self.projector_dtype = projector_dtype
@@ -120,11 +128,15 @@ class Subspace:
             nothing: Any = [jnp.zeros([], jnp.int32) for _ in range(3)]
             return ProjectionState(zero, *nothing), plans
         check_unique(plans)
-        leaves = {p.path: self.init_leaf(p, i) for i, p in enumerate(plans) if p.projected}
-        skipped = {p.path: jnp.zeros([], jnp.int32) for p in plans}
+        # Within `shard_map` a state differs between devices where its parameter does.
+        like = dict(zip((p.path for p in plans), jax.tree.leaves(params), strict=True))
+        leaf = lambda p, i: varying_as(self.init_leaf(p, i), like[p.path])
+        leaves = {p.path: leaf(p, i) for i, p in enumerate(plans) if p.projected}
+        skipped = {p.path: varying_as(jnp.zeros([], jnp.int32), like[p.path]) for p in plans}
         accumulated = {}
         if self.accumulate > 1:
-            accumulated = {p.path: jnp.zeros(p.low_shape, compute_dtype(p.dtype)) for p in plans}
+            low = lambda p: jnp.zeros(p.low_shape, compute_dtype(p.dtype))
+            accumulated = {p.path: varying_as(low(p), like[p.path]) for p in plans}
         return ProjectionState(zero, leaves, skipped, accumulated), plans
 
     def init_leaf(self, plan: LeafPlan, index: int = 0) -> LeafBasis:
@@ -380,7 +392,7 @@ class Subspace:
             rule=tuple(s.rule for s in sides),
             due=jnp.where(
                 functools.reduce(jnp.logical_or, lost),
-                -(-basis.age // LOOK_EVERY) * LOOK_EVERY,
+                jnp.minimum(basis.due, -(-basis.age // LOOK_EVERY) * LOOK_EVERY),
                 basis.due,
             ),
             drift=jnp.where(done, 1 - overlap, basis.drift),

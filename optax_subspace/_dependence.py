@@ -44,8 +44,9 @@ def check_leaves_apart(tx: optax.GradientTransformation, params: Any, remedy: st
     own = [frozenset([i]) for i in range(count)]
     at_first: list[tuple[_Leaves, JaxprEqn]] = []
     in_state = flow(made.jaxpr, own, at_first)
+    # Of all rounds: in the last ones the state has mixed already, and no equation does it anew.
+    mixing = list(at_first)
     while True:  # until the state depends on no more leaves than a step before
-        mixing = list(at_first)
         out = flow(traced.jaxpr, [*own, *own, *in_state], mixing)
         updates, after = out[:count], out[count:]
         grown = [a | b for a, b in zip(in_state, after, strict=True)]

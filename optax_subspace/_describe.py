@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -137,8 +138,10 @@ def warn_about_rules(plans: Sequence[LeafPlan], rules: Rules | None) -> None:
             UserWarning,
             stacklevel=4,
         )
+    wanting = [p for p in plans if p.wants_rule]
+    left = sum(math.prod(p.shape) for p in wanting)
     tried = [p for p in plans if p.reason.startswith("rank ")]
-    if tried and not any(p.projected for p in plans):
+    if tried and not any(p.projected for p in plans) and left * 10 <= total:
         largest = max(tried, key=lambda p: math.prod(p.shape))
         warnings.warn(
             f"no parameter is projected: {largest.path} {largest.shape} is left alone for "
@@ -146,14 +149,12 @@ def warn_about_rules(plans: Sequence[LeafPlan], rules: Rules | None) -> None:
             UserWarning,
             stacklevel=4,
         )
-    wanting = [p for p in plans if p.wants_rule]
-    left = sum(math.prod(p.shape) for p in wanting)
     if left * 10 > total:
         largest = max(wanting, key=lambda p: math.prod(p.shape))
         warnings.warn(
             f"{100 * left / total:.0f} % of the parameters are not projected for want of a rule, "
             f"the largest being {largest.path} {largest.shape}. Pass {suggested_rule(largest)}, or "
-            f"rules=[({largest.path!r}, None)] to leave it at full rank.",
+            f"rules=[({own_pattern(largest)!r}, None)] to leave it at full rank.",
             UserWarning,
             stacklevel=4,
         )
@@ -161,7 +162,12 @@ def warn_about_rules(plans: Sequence[LeafPlan], rules: Rules | None) -> None:
 
 def suggested_rule(leaf: LeafPlan) -> str:
     """A rule, as Python source, that would project ``leaf`` on its last two axes."""
-    return f"rules=[({leaf.path!r}, MatrixSpec({suggested_axes(leaf.shape)}))]"
+    return f"rules=[({own_pattern(leaf)!r}, MatrixSpec({suggested_axes(leaf.shape)}))]"
+
+
+def own_pattern(leaf: LeafPlan) -> str:
+    """A pattern for a leaf that others do not match whose paths begin with its own."""
+    return re.escape(leaf.path) + "$"
 
 
 _local = threading.local()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from optax_subspace._projectors._base import check_count, check_number
 
 
 class LossScale(NamedTuple):
     """Dynamic loss scaling, for float16.
 
     Attributes:
-      initial: the first scale.
-      factor: what it is divided by after an overflow, and multiplied with after a period without.
-      period: steps without overflow before it grows.
+      initial: the first scale, above zero.
+      factor: what it is divided by after an overflow, and multiplied with after a period without;
+        above one.
+      period: steps without overflow before it grows, at least one.
     """
 
     initial: float = 2.0**15
@@ -59,6 +63,20 @@ class FusedMetrics(NamedTuple):
     skipped: jax.Array
 
 
+def check_loss_scale(how: Any) -> None:
+    """Raises unless ``how`` is None or a :class:`LossScale` that can grow and shrink."""
+    if how is None:
+        return
+    if not isinstance(how, LossScale):
+        raise TypeError(f"fused_backward: loss_scale must be a LossScale, got {how!r}")
+    check_number("LossScale: initial", how.initial)
+    check_number("LossScale: factor", how.factor)
+    check_count("LossScale: period", how.period)
+    for name, value, least in (("initial", how.initial, 0), ("factor", how.factor, 1)):
+        if not least < value < math.inf:
+            raise ValueError(f"LossScale: {name} must be finite and above {least}, got {value}")
+
+
 def all_finite(gradients: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradients)]))
 
@@ -71,6 +89,9 @@ def next_scale(
         return state.scale, state.good
     good = jnp.where(good_step, state.good + 1, 0)
     grows = good >= how.period
-    scale = jnp.where(grows, state.scale * how.factor, state.scale)
-    scale = jnp.where(good_step, scale, jnp.maximum(state.scale / how.factor, 1.0))
+    larger = state.scale * how.factor
+    # Where no gradient overflows, as in bfloat16, it would be infinite one day, and stay so.
+    scale = jnp.where(grows & jnp.isfinite(larger), larger, state.scale)
+    smaller = jnp.minimum(state.scale, jnp.maximum(state.scale / how.factor, 1.0))
+    scale = jnp.where(good_step, scale, smaller)
     return scale, jnp.where(grows, 0, good)

@@ -13,6 +13,7 @@ from optax_subspace._describe import record
 from optax_subspace._kinetic import Kinetic, slope_of
 from optax_subspace._leaves import leaf_names
 from optax_subspace._projection import compute_dtype
+from optax_subspace._varying import varying_as
 
 
 class HamiltonianState(NamedTuple):
@@ -107,7 +108,7 @@ def scale_by_hamiltonian_descent(
                 )
 
         def zeros(dtype):
-            one = lambda p: jnp.zeros(jnp.shape(p), dtype or jnp.result_type(p))
+            one = lambda p: varying_as(jnp.zeros(jnp.shape(p), dtype or jnp.result_type(p)), p)
             return jax.tree.map(one, params)
 
         nu = None if kinetic.squares is None else zeros(nu_dtype)

@@ -17,6 +17,7 @@ from optax_subspace._fused_state import (
     FusedState,
     LossScale,
     all_finite,
+    check_loss_scale,
     next_scale,
 )
 from optax_subspace._parts import as_seen, init_part
@@ -108,8 +109,9 @@ def fused_backward(
         gradient tree as ``optax.MultiSteps`` does, or has a mask of the whole tree (those of this
         library's optimizers may be, as a dict); the parameters are no plain dict or have no such
         key; the layers are a list, or their first axes differ; a weight in int8 was not stored
-        layer by layer. At once, ``at_source`` without ``remat``, or a number to clip to that is
-        not positive.
+        layer by layer. At once, ``at_source`` without ``remat``, a number to clip to that is
+        not positive, or a loss scale that can't grow and shrink.
+      TypeError: ``tx`` is no transformation, or ``loss_scale`` no :class:`LossScale`.
 
     References:
       Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023, algorithm 1 and section 3.3.
@@ -141,6 +143,7 @@ def fused_backward(
             raise ValueError(
                 f"fused_backward: {name} must be positive, got {value}: leave it out not to clip"
             )
+    check_loss_scale(loss_scale)
     two_passes = clip_norm is not None or loss_scale is not None
 
     def init(params: Any) -> FusedState:

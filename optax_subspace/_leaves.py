@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -227,10 +227,19 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
+def rules_of(given: Any) -> tuple[Any, ...] | None:
+    """The rules, which may be an iterator."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"rules must be a list of pairs (regex, spec), got {given!r}")
+    return tuple(given)
+
+
 def compile_rules(rules: Rules | None) -> list[tuple[re.Pattern[str], DimensionNumbers | None]]:
     compiled = []
-    for rule in rules or ():
-        if isinstance(rule, str) or len(rule) != 2:
+    for rule in rules_of(rules) or ():
+        if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
             raise TypeError(f"a rule is a pair (regex, spec), got {rule!r}")
         pattern, spec = rule
         if spec is not None and not isinstance(spec, DimensionNumbers):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_subspace._projection import compute_dtype
+from optax_subspace._projectors._base import transformation
 
 
 def lomo(
@@ -136,6 +137,9 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     Returns:
       One whose updates have the dtypes of the gradients, as those of ``tx`` have.
 
+    Raises:
+      TypeError: ``tx`` is no transformation.
+
     Example:
       >>> import jax.numpy as jnp, optax
       >>> tx, params = in_float32(optax.scale_by_rms()), {"w": jnp.ones(2, jnp.bfloat16)}
@@ -143,11 +147,15 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
       >>> str(state.nu["w"].dtype), str(updates["w"].dtype)
       ('float32', 'bfloat16')
     """
-    tx = optax.with_extra_args_support(tx)
+    tx = transformation("in_float32: tx", tx)
 
     def wide(x: Any) -> Any:
-        is_float = jnp.issubdtype(x.dtype, jnp.floating)
-        return x.astype(compute_dtype(x.dtype)) if is_float else x
+        dtype = jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, compute_dtype(dtype))
+        return jnp.asarray(x, compute_dtype(dtype))
 
     def init_fn(params):
         return tx.init(jax.tree.map(wide, params))

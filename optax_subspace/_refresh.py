@@ -17,6 +17,7 @@ from optax_subspace._leaves import LeafPlan
 from optax_subspace._projection import largest
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import NO_GRADIENT, directions, squared_norm
+from optax_subspace._varying import varying_as
 
 
 def compiled_alone(method: Any) -> Any:
@@ -150,17 +151,6 @@ def in_due_slices(due: jax.Array, body: Any, carry: Any) -> Any:
     order = jnp.argsort(~due, stable=True)
     turns = jnp.sum(due, dtype=jnp.int32)
     return jax.lax.fori_loop(0, turns, lambda i, c: body(order[i], c), carry)
-
-
-def varying_as(tree: Any, like: Any) -> Any:
-    """``tree``, differing between the devices of a ``shard_map`` where ``like`` does.
-
-    Branches and carries of loops have to agree in that.
-    """
-    of = lambda x: jax.typeof(x).manual_axis_type.varying
-    axes = frozenset().union(*map(of, jax.tree.leaves(like)))
-    cast = lambda x: jax.lax.pcast(x, tuple(axes - of(x)), to="varying")
-    return jax.tree.map(lambda x: cast(x) if axes - of(x) else x, tree)
 
 
 def refresh(

@@ -26,7 +26,6 @@ from optax_subspace._projection_state import (
     ProjectionState,
     check_state,
 )
-from optax_subspace._refresh import varying_as
 from optax_subspace._source_check import (
     Held,
     along_no_other_axes,
@@ -41,6 +40,7 @@ from optax_subspace._source_product import (
     differentiated_twice,
     from_floats,
 )
+from optax_subspace._varying import varying_as
 
 
 def subspace_value_and_grad(

@@ -18,7 +18,7 @@ from optax_subspace._projection import compute_dtype, from_matrices, lift, proje
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import transformation
-from optax_subspace._refresh import varying_as
+from optax_subspace._varying import varying_as
 
 
 class SubspaceState(NamedTuple):
@@ -37,7 +37,9 @@ def init_inner(inner: optax.GradientTransformation, params: Any, plans: Sequence
         basis, and others in each basis.
     """
     # (Only shapes are read: there is no basis yet.)
-    low = [jnp.zeros(plan.low_shape, compute_dtype(plan.dtype)) for plan in plans]
+    zeros = lambda plan: jnp.zeros(plan.low_shape, compute_dtype(plan.dtype))
+    leaves = zip(plans, jax.tree.leaves(params), strict=True)
+    low = [varying_as(zeros(plan), x) for plan, x in leaves]
     state = inner.init(jax.tree.unflatten(jax.tree.structure(params), low))
     if any(plan.projected for plan in plans):
         for path, _ in jax.tree_util.tree_leaves_with_path(state):

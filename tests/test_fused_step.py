@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import optax_subspace as osub
+from optax_subspace._fused_state import FusedState, next_scale
 
 
 def embed(rest, batch):
@@ -300,3 +301,34 @@ def test_blocks_may_hand_on_integers_masks_and_keys(random, remat):
     chex.assert_trees_all_close(
         after, jax.tree.map(lambda p, g: p - g, params, gradients), rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_loss_scale_stays_finite_and_falls_after_an_overflow():
+    how = osub.LossScale(2.0**126, period=1)
+    state = FusedState(jnp.int32(0), (), {}, jnp.float32(2.0**127), jnp.int32(0), jnp.int32(0))
+    assert next_scale(how, state, jnp.array(True)) == (2.0**127, 0)
+    assert next_scale(how, state, jnp.array(False)) == (2.0**126, 0)
+    small = state._replace(scale=jnp.float32(0.5))
+    assert next_scale(how, small, jnp.array(False)) == (0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("loss_scale", "said"),
+    [
+        (1024.0, "must be a LossScale, got 1024"),
+        (osub.LossScale(float("nan")), "initial must be finite and above 0, got nan"),
+        (osub.LossScale(factor=1.0), "factor must be finite and above 1"),
+        (osub.LossScale(period=0), "period must be at least 1"),
+    ],
+)
+def test_loss_scales_that_cannot_serve_are_refused(loss_scale, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        osub.fused_backward(embed, block, loss, optax.sgd(0.1), loss_scale=loss_scale)
+
+
+def test_float32_views_need_shapes_alone():
+    shapes = {"w": jax.ShapeDtypeStruct((4, 6), jnp.bfloat16)}
+    means = jax.tree.leaves(osub.adalomo(0.1).init(shapes))
+    assert {x.dtype.name for x in means} <= {"float32", "int32"}
+    with pytest.raises(TypeError, match="in_float32: tx must be an optax transformation"):
+        osub.in_float32(None)

@@ -198,10 +198,15 @@ def test_a_state_that_carries_another_leafs_gradient_is_found_out():
         new = structure.unflatten([g * state for g in leaves])
         return new, jnp.float32(jnp.sum(leaves[0]))
 
-    tx = optax.GradientTransformation(lambda p: jnp.float32(1), update)
+    def carries_norm():
+        return optax.GradientTransformation(lambda p: jnp.float32(1), update)
+
+    tx = carries_norm()
     functions, params = model()
     with pytest.raises(ValueError, match="mixes leaves"):
         osub.fused_backward(*functions, tx).init(params)
+    with pytest.raises(ValueError, match="dadapt_adamw mixes leaves"):
+        osub.fused_backward(*functions, optax.contrib.dadapt_adamw(0.1)).init(params)
 
 
 def test_transformations_that_keep_leaves_apart_are_accepted():

@@ -195,6 +195,14 @@ def test_what_is_not_projected_at_all_or_by_a_name_further_up_is_told():
     params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
     with pytest.warns(UserWarning, match=r"no parameter is projected: w \(64, 64\) is left alone"):
         osub.galore(0.1).init(params)
+    # What is missing here is a rule, for `q` alone.
+    stack = {"q": jnp.ones((4, 64, 64)), "q_bias": jnp.ones((4, 64)), "norm": jnp.ones((4, 64))}
+    with pytest.warns(UserWarning) as told:
+        osub.galore(0.1).init(stack)
+    (said,) = [str(warning.message) for warning in told]
+    assert "rules=[('q$', MatrixSpec(reduction_axis=1, output_axis=2))]" in said
+    found = osub.plan(stack, [("q$", MatrixSpec(1, 2))], rank=4)
+    assert [p.path for p in found if p.projected] == ["q"]
     encoder = {"text_embedder": {"layer_0": {"kernel": params["w"]}}, "out": params["w"]}
     with pytest.warns(UserWarning, match=r"text_embedder/layer_0/kernel .* a name further up"):
         osub.galore(0.1, 4).init(encoder)
@@ -251,7 +259,7 @@ def test_describe_through_wrappers():
     ranks = {p.path: p.rank for p in found.leaves}
     assert ranks == {"w": 4, "v": 2, "s": 0}
     text = str(found)
-    assert "20 x 12" in text and "s would be projected by rules=[('s'" in text
+    assert "20 x 12" in text and "s would be projected by rules=[('s$'" in text
     state = tx.init(params)
     assert found.state_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
     assert str(osub.describe({}, inner)).startswith("parameter")
@@ -301,3 +309,11 @@ def test_auto_counts_the_buffer_of_micro_batches():
         ).state_bytes
     )
     assert count("auto") == min(map(count, ("left", "right", "both"))) == count("both")
+
+
+@pytest.mark.parametrize(
+    "rules", [lambda path: None, MatrixSpec(0, 1), "w", [None], [("w", None, 1)], [("(", None)]]
+)
+def test_rules_that_are_none_are_refused_at_once(rules):
+    with pytest.raises((TypeError, ValueError), match="rule"):
+        osub.galore(0.1, 4, rules=rules)

@@ -95,12 +95,16 @@ def test_fixed_basis_stays():
         (lambda: osub.random_projection(every=0), "every"),
         (lambda: osub.fixed(jnp.ones(3)), r"\(m, r\)"),
         (lambda: osub.online_pca(orthogonality=-1), "orthogonality"),
+        (lambda: osub.online_pca(orthogonality=float("nan")), "orthogonality"),
+        (lambda: osub.online_pca(orthogonality="x"), "orthogonality must be a number, got 'x'"),
+        (lambda: osub.tied_rate(0.1, "x"), "peak must be a number, got 'x'"),
+        (lambda: osub.adaptive_period(osub.svd(5), cosine="x"), "cosine must be a number"),
         (lambda: osub.history_pca(decay=1.0), "decay"),
         (lambda: osub.oja(step=0), "step"),
     ],
 )
 def test_bad_arguments(call, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         call()
 
 

@@ -368,6 +368,18 @@ def test_a_gradient_that_leaves_the_basis_is_found_again(rule):
     assert (kept > 0.9).all()
 
 
+def test_a_refresh_that_is_due_does_not_wait_for_a_look():
+    """Of a rule with a period that follows, and has lost its gradient."""
+    rule = osub.svd(3)._replace(follow=osub.oja().follow)
+    tx = osub.scale_by_subspace(optax.identity(), rank=2, side="left", projector=rule)
+    block = jax.random.normal(jax.random.key(0), (4, 16))
+    first, then = (jnp.zeros((8, 16)).at[i : i + 4].set(block) for i in (0, 4))
+    state, update = tx.init({"w": first}), jax.jit(tx.update)
+    for gradient in (first, then, then, then):
+        _, state = update({"w": gradient}, state)
+    assert int(state.projection.leaves["w"].refreshes) == 2
+
+
 def test_a_rule_that_fails_leaves_its_leaf_as_it_was():
     fails = lambda gradient, basis, state: (
         jnp.where(state > 0, jnp.nan, jnp.eye(*basis.shape)),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import optax_subspace as osub
+from optax_subspace._varying import varying_axes
 from tests.train_helpers import ROOT, host_devices
 
 PROGRAM = r"""
@@ -228,8 +230,17 @@ def test_explicit_axes_and_interleaved_splits_are_told():
         osub.galore(0.1, 3, every=2, moments="project", rules=[("s", osub.MatrixSpec(1, 2))]),
         osub.online_subspace_descent(0.1, 3, rules=[("s", osub.MatrixSpec(1, 2))]),
         osub.galore(0.1, 3, accumulate=2, rules=[("s", osub.MatrixSpec(1, 2))]),
+        pytest.param(
+            osub.online_subspace_descent(
+                0.1,
+                3,
+                projector=osub.oja(first=osub.subspace_iteration()),
+                rules=[("s", osub.MatrixSpec(1, 2))],
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["svd", "history_pca", "accumulate"],
+    ids=["svd", "history_pca", "accumulate", "oja"],
 )
 def test_gradients_of_a_devices_own_within_shard_map(tx):
     """As of experts' or local steps; a mesh of one device has the same types as a larger one."""
@@ -240,13 +251,23 @@ def test_gradients_of_a_devices_own_within_shard_map(tx):
     def local(gradients):
         one = jax.tree.map(lambda g: g[0], gradients)
         params = jax.tree.map(jnp.ones_like, one)
-        state = tx.init(params)
-        for _ in range(3):
+
+        def step(carry, _):
+            params, state = carry
             updates, state = tx.update(one, state, params)
-            params = jax.tree.map(jnp.add, params, updates)
+            return (jax.tree.map(jnp.add, params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=3)
         return jax.tree.map(lambda x: x[None], params)
 
     axes = jax.sharding.PartitionSpec("x")
     shared = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=axes, out_specs=axes))(gradients)
     alone = jax.jit(local)(gradients)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), shared, alone)
+
+
+def test_axes_of_a_shard_map_in_older_releases_of_jax(monkeypatch):
+    """Where an array's type has them itself."""
+    monkeypatch.setattr(jax, "typeof", lambda x: types.SimpleNamespace(vma=frozenset({"x"})))
+    assert varying_axes(jnp.ones(2)) == {"x"}
+    assert not varying_axes(jax.ShapeDtypeStruct((2,), jnp.float32))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from optax_subspace._projectors._base import Projector, check_count, check_projector
+from optax_subspace._projectors._base import (
+    Projector,
+    check_count,
+    check_number,
+    check_projector,
+)
 
 
 def adaptive_period(projector: Projector, *, cosine: float = 0.9, longest: int = 8) -> Projector:
@@ -26,6 +31,7 @@ def adaptive_period(projector: Projector, *, cosine: float = 0.9, longest: int =
       The same rule with an adaptive period; each slice of a stack has its own.
 
     Raises:
+      TypeError: ``projector`` is no :class:`Projector`, ``cosine`` no number, ``longest`` no int.
       ValueError: ``projector`` has no period, ``cosine`` or ``longest`` is out of range.
 
     References:
@@ -40,6 +46,7 @@ def adaptive_period(projector: Projector, *, cosine: float = 0.9, longest: int =
     check_projector("adaptive_period: projector", projector)
     if projector.every is None:
         raise ValueError("adaptive_period: the projector has no period that could be adapted")
+    check_number("adaptive_period: cosine", cosine)
     if not 0 < cosine <= 1:
         raise ValueError(f"adaptive_period: cosine must lie in (0, 1], got {cosine}")
     check_count("longest", longest)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_subspace._varying import varying_as
+
 RELATIVE_TO = ("gradient", "estimate")
 _SKETCHED = 8  # random directions
 _LONGEST = 2**30  # a period, so that ages and what is added to them are numbers of 32 bits
@@ -165,7 +167,8 @@ def squared_norm(
 def basis_of(rule: Projector, gradient: jax.Array, basis: jax.Array) -> jax.Array:
     """The basis ``(m, r)`` that a rule begins with, whose own state nobody keeps."""
     m, n = gradient.shape
-    return rule.update(gradient, basis, rule.init(jax.random.key(0), m, n, basis.shape[1]))[0]
+    state = rule.init(jax.random.key(0), m, n, basis.shape[1])
+    return rule.update(gradient, basis, varying_as(state, (gradient, basis)))[0]
 
 
 # The axis of `jax.vmap` over which the layers of a fused backward pass are initialised.

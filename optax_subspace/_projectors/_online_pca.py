@@ -9,6 +9,7 @@ from optax_subspace._projectors._base import (
     Projector,
     basis_of,
     check_count,
+    check_number,
     check_projector,
     check_relative_to,
     transformation,
@@ -55,6 +56,8 @@ def online_pca(
       A :class:`Projector` whose state is that of ``optimizer``.
 
     Raises:
+      TypeError: ``orthogonality`` is no number, ``optimizer`` no transformation, or ``first`` no
+        :class:`Projector`.
       ValueError: negative ``orthogonality``, or unknown ``relative_to``.
 
     References:
@@ -72,8 +75,10 @@ def online_pca(
       >>> jax.tree.map(jnp.shape, state[0].mu)
       (6, 2)
     """
-    if orthogonality is not None and orthogonality < 0:
-        raise ValueError(f"online_pca: orthogonality must not be negative, got {orthogonality}")
+    if orthogonality is not None:
+        check_number("online_pca: orthogonality", orthogonality)
+        if not orthogonality >= 0:
+            raise ValueError(f"online_pca: orthogonality must not be negative, got {orthogonality}")
     optimizer = optax.adam(0.06, eps=1e-7) if optimizer is None else optimizer
     transformation("online_pca: optimizer", optimizer)
 
@@ -118,6 +123,7 @@ def tied_rate(
       with the second step of the weights.
 
     Raises:
+      TypeError: ``peak`` is no number, or ``every`` no int.
       ValueError: ``peak`` is not positive, or ``every`` below one.
 
     References:
@@ -131,6 +137,7 @@ def tied_rate(
       >>> round(float(tied_rate(schedule, peak=0.01)(4)), 6)  # 1 / 200 * 5 / 10
       0.0025
     """
+    check_number("tied_rate: peak", peak)
     if not peak > 0:
         raise ValueError(f"tied_rate: peak must be positive, got {peak}")
     check_count("tied_rate: every", every)

@@ -1,0 +1,26 @@
+"""Arrays that differ between the devices of a ``shard_map``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def varying_as(tree: Any, like: Any) -> Any:
+    """``tree``, differing between the devices of a ``shard_map`` where ``like`` does.
+
+    Branches and carries of loops have to agree in that.
+    """
+    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(like)))
+    cast = lambda x: jax.lax.pcast(x, tuple(axes - varying_axes(x)), to="varying")
+    return jax.tree.map(lambda x: cast(x) if axes - varying_axes(x) else x, tree)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The axes of a ``shard_map`` along which an array differs; none of what is only a shape."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return frozenset()
+    kind = jax.typeof(x)
+    # (JAX 0.9 has the axes at the type itself.)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
