@@ -98,6 +98,16 @@ def captured_energy(gradient: jax.Array, leaf: LeafBasis, plan: LeafPlan) -> jax
 
 
 def _spans(bases: jax.Array) -> jax.Array:
-    """Orthonormal bases of the same spans, one after the other (see ``_refresh.in_slices``)."""
+    """Orthonormal bases of the same spans, one after the other (see ``_refresh.in_slices``).
+
+    Columns of zeros where a basis has fewer directions than columns.
+    """
+
+    def span(basis):
+        q, r = jnp.linalg.qr(basis)
+        within, sizes, _ = jnp.linalg.svd(r)
+        least = jnp.finfo(basis.dtype).eps * max(basis.shape) * sizes[0]
+        return jnp.where(sizes > least, q @ within, 0)
+
     stack = bases.reshape(-1, *bases.shape[-2:])
-    return jax.lax.map(lambda basis: jnp.linalg.qr(basis)[0], stack).reshape(bases.shape)
+    return jax.lax.map(span, stack).reshape(bases.shape)

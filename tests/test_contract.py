@@ -256,3 +256,14 @@ def test_metrics():
     _, state = skewed.update(gradient, skewed.init(gradient))
     energy = osub.subspace_metrics(skewed, state, gradient)["w"].captured_energy
     np.testing.assert_allclose(energy, 2 / 3, rtol=1e-5)
+
+
+def test_the_energy_of_a_basis_with_fewer_directions_than_columns():
+    columns = jnp.array([[1, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]], jnp.float32)
+    tx = osub.scale_by_subspace(
+        optax.identity(), rank=3, side="left", projector=osub.fixed(columns)
+    )
+    gradient = {"w": jnp.ones((4, 5))}
+    _, state = tx.update(gradient, tx.init(gradient))
+    energy = osub.subspace_metrics(tx, state, gradient)["w"].captured_energy
+    assert float(energy) == pytest.approx(2 / 4)
