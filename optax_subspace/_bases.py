@@ -98,6 +98,7 @@ class Subspace:
         self.projector, self.inner = projector, inner
         self.stagger, self.moments, self.accumulate, self.seed = stagger, moments, accumulate, seed
         self.projector_dtype = projector_dtype
+        self.called: set[Any] = set()  # see `compiled_alone`
         storage_of(projector_dtype)  # raises for what is none
 
     def plan(self, tree: Any) -> list[LeafPlan]:

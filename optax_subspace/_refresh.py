@@ -24,7 +24,9 @@ def compiled_alone(method: Any) -> Any:
     """Compiles ``method(self, plan, ...)`` once where it is called outside of any program.
 
     Loops and branches of fresh functions would be compiled at each such call. Within a program it
-    is as if it were written there.
+    is as if it were written there. An object that remembers what it has ``called`` is compiled at
+    the second call: one that serves for a single update, as ``optax.inject_hyperparams`` makes at
+    each, would be compiled in vain and kept with its program.
     """
     alone = jax.jit(method, static_argnums=(0, 1))
 
@@ -34,8 +36,12 @@ def compiled_alone(method: Any) -> Any:
         if not traced:
             # One program for all leaves of a shape; an error is raised again, with the leaf's path.
             alike = dataclasses.replace(plan, path="", reason="", scale=None)
-            with contextlib.suppress(ValueError):
-                return alone(self, alike, *arguments)
+            called = getattr(self, "called", None)
+            if called is None or (method.__name__, alike) in called:
+                with contextlib.suppress(ValueError):
+                    return alone(self, alike, *arguments)
+            else:
+                called.add((method.__name__, alike))
         return method(self, plan, *arguments)
 
     return call
