@@ -17,7 +17,7 @@ from train import runs
 from train import weights as weights_of_run
 from train.cli import parse
 from train.errors import UsageError
-from train.tokenizer import fit, open_tokenizer
+from train.tokenizer import encode_prompt, fit, open_tokenizer
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
@@ -255,8 +255,10 @@ def test_a_file_is_a_whole_model_for_the_trainer(tmp_path, start, before):
     found = runs.load(str(path))
     assert (found.name, found.context, found.start) == ("m", 128, before)
     assert (found.tokenizer.end, found.tokenizer.vocab_size) == (2, config.vocab_size)
-    ids = found.tokenizer.encode("Über <end>")
+    ids = encode_prompt(found.tokenizer, "Über <end>")
     assert ids[-2:].tolist() == [2, 2] and found.tokenizer.decode(ids[:-2]) == "Über "
+    ids = found.tokenizer.encode("Über <end>")  # in a document it is text
+    assert ids.tolist().count(2) == 1 and found.tokenizer.decode(ids[:-1]) == "Über <end>"
     command = parse(["--model", str(path), "--optimizer.name", "adamw"])
     assert command.model == "m" and command.config.model.num_kv_heads == 2
     # Kept beside a run and read again, it is the same.
