@@ -21,12 +21,14 @@ from optax_subspace._projection_state import LeafBasis, ProjectionState, plan_of
 _Axes = tuple[str, ...] | None  # mesh axes that one axis of an array is split over
 
 
-def explicit_axes(names: tuple[str, ...]) -> ValueError:
-    return ValueError(
-        f"the mesh has explicit axes {names}, for which JAX asks a sharding of every product: make "
-        "it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * "
-        f"{len(names)}), or give jax.sharding.Mesh"
-    )
+def refuse_explicit_axes(mesh: Any) -> None:
+    """Raises ValueError for a mesh, an abstract one too, with explicit axes."""
+    if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+        raise ValueError(
+            f"the mesh has explicit axes {mesh.axis_names}, for which JAX asks a sharding of every "
+            "product: make it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * "
+            f"{len(mesh.axis_names)}), or give jax.sharding.Mesh"
+        )
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
@@ -86,8 +88,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
         specs[name] = _axes_of(sharding.spec, len(leaf.shape))
     if mesh is None:
         return jax.tree.map(lambda _: None, jax.eval_shape(tx.init, params))
-    if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-        raise explicit_axes(mesh.axis_names)
+    refuse_explicit_axes(mesh)
     plans, state = planned(tx, params)
     for plan in plans:
         batch = _batch_axes(plan, specs[plan.path])

@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
-from optax_subspace._sharding import explicit_axes
+from optax_subspace._sharding import refuse_explicit_axes
 from optax_subspace._source_product import How, Probe, Settings, product
 
 # What errors of JAX call the dtype of a mark.
@@ -140,9 +139,8 @@ def source_dot_general(
     lhs = lhs.astype(jnp.promote_types(lhs.dtype, rhs.dtype))
     if jnp.issubdtype(lhs.dtype, jnp.complexfloating):
         raise rhs._unknown(f"a product with {lhs.dtype} numbers")
-    for mesh in (jax.typeof(x).sharding.mesh for x in (lhs, rhs.weight)):
-        if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-            raise explicit_axes(mesh.axis_names)
+    for x in (lhs, rhs.weight):
+        refuse_explicit_axes(jax.typeof(x).sharding.mesh)
     if rhs.ndim != len(rhs.how.reduction) + len(rhs.how.output):
         raise rhs._unknown("all slices at once: jax.vmap or jax.lax.scan take them one by one")
     (left, right), (left_batch, right_batch) = dimension_numbers

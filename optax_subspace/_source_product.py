@@ -14,7 +14,7 @@ from optax_subspace._projection import compute_dtype, largest
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import NO_GRADIENT, directions, squared_norm
 from optax_subspace._refresh import checked
-from optax_subspace._varying import varying_as, varying_axes
+from optax_subspace._varying import not_varying, varying_as
 
 # What a kernel is called in the program of a loss where it is used as it may be.
 AT_SOURCE = "optax_subspace/at_source"
@@ -200,12 +200,6 @@ class Over(NamedTuple):
 
     precision: Any
     axes: tuple[str, ...]
-
-
-def not_varying(like: jax.Array, tree: Any) -> tuple[str, ...]:
-    """The axes of a ``shard_map`` along which ``tree`` differs and ``like`` does not."""
-    found = frozenset().union(*map(varying_axes, jax.tree.leaves(tree)))
-    return tuple(sorted(found - varying_axes(like)))
 
 
 def _found(settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe) -> Probe:

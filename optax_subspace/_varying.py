@@ -12,9 +12,18 @@ def varying_as(tree: Any, like: Any) -> Any:
 
     Branches and carries of loops have to agree in that.
     """
-    axes = frozenset().union(*map(varying_axes, jax.tree.leaves(like)))
-    cast = lambda x: jax.lax.pcast(x, tuple(axes - varying_axes(x)), to="varying")
-    return jax.tree.map(lambda x: cast(x) if axes - varying_axes(x) else x, tree)
+
+    def cast(x: Any) -> Any:
+        axes = not_varying(x, like)
+        return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+    return jax.tree.map(cast, tree)
+
+
+def not_varying(x: Any, tree: Any) -> tuple[str, ...]:
+    """The axes of a ``shard_map`` along which ``tree`` differs and ``x`` does not."""
+    found = frozenset().union(*map(varying_axes, jax.tree.leaves(tree)))
+    return tuple(sorted(found - varying_axes(x)))
 
 
 def varying_axes(x: Any) -> frozenset[str]:
