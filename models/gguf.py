@@ -93,21 +93,25 @@ def read_tokenizer(path: Path) -> str:
             f"{path}: its tokenizer is of the kind {kind!r}, and only 'gpt2' and 'llama' are read; "
             "give a tokenizer of yours"
         )
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, processors
 
     for token, sort in zip(tokens, types, strict=True):
         if sort in (_CONTROL, _USER_DEFINED):
             added = AddedToken(token, special=sort == _CONTROL, normalized=False)
             (tokenizer.add_special_tokens if sort == _CONTROL else tokenizer.add_tokens)([added])
+    first = _first_token(reader, kind, path)
+    if first is not None:
+        name = tokens[first]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[name, "$A"], special_tokens=[(name, first)]
+        )
     return tokenizer.to_str()
 
 
-def first_token(path: Path) -> int | None:
+def _first_token(reader: Any, kind: str, path: Path) -> int | None:
     """The token that stands before each text; None if there is none."""
-    reader = _open(path)
     # As llama.cpp decides where the file doesn't say.
-    usual = _get(reader, "tokenizer.ggml.model", path, "") == "llama"
-    if not _get(reader, "tokenizer.ggml.add_bos_token", path, usual):
+    if not _get(reader, "tokenizer.ggml.add_bos_token", path, kind == "llama"):
         return None
     return _get(reader, "tokenizer.ggml.bos_token_id", path, None)
 

@@ -13,7 +13,7 @@ import optax
 
 from optax_subspace._hamiltonian import scale_by_hamiltonian_descent
 from optax_subspace._kinetic import adam_kinetic
-from optax_subspace._leaves import Rules, leaf_names
+from optax_subspace._leaves import Rules, check_scale, leaf_names
 from optax_subspace._lomo import decay_of, decays
 from optax_subspace._projectors import Projector, history_pca, svd
 from optax_subspace._subspace import scale_by_subspace
@@ -235,6 +235,7 @@ def finished(
     ``subspace``, which multiplies arrays of subspace shape where the chain would those of full
     shape; the state is the chain's.
     """
+    check_scale("learning_rate", learning_rate)
     decay = decay_of(weight_decay, mask)
     after: Any = optax.chain(decay, optax.scale_by_learning_rate(learning_rate))
     if accumulate > 1:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,18 +23,15 @@ from optax_subspace._leaves import (
 )
 from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projected import SourceBasis, found_at_source, is_projected
-from optax_subspace._projection import compute_dtype, project, to_matrices
+from optax_subspace._projection import compute_dtype, in_turn, project, to_matrices
 from optax_subspace._projection_state import (
-    LOOK_EVERY,
-    NEVER,
-    UNLESS_LOST,
     LeafBasis,
     ProjectionState,
     check_state,
     check_unique,
 )
 from optax_subspace._projectors import Projector, svd
-from optax_subspace._projectors._base import NO_GRADIENT, check_count, check_projector, key_of
+from optax_subspace._projectors._base import check_count, check_projector, key_of
 from optax_subspace._refresh import (
     Refreshed,
     Turn,
@@ -48,14 +42,10 @@ from optax_subspace._refresh import (
     joined,
     refresh,
 )
+from optax_subspace._schedule import due_if_lost, next_due, next_period, offsets, steps_early
 from optax_subspace._varying import varying_as
 
 MOMENTS = ("keep", "project", "reset")
-
-# Of the share r / m that a random basis holds: below that part the gradient has left the basis.
-_LOST = 0.1
-# The name of the function below in traced programs.
-IN_TURN = "in_turn"
 
 
 class Initialised(NamedTuple):
@@ -131,8 +121,8 @@ class Subspace:
         check_unique(plans)
         # Within `shard_map` a state differs between devices where its parameter does.
         like = dict(zip((p.path for p in plans), jax.tree.leaves(params), strict=True))
-        leaf = lambda p, i: varying_as(self.init_leaf(p, i), like[p.path])
-        leaves = {p.path: leaf(p, i) for i, p in enumerate(plans) if p.projected}
+        leaf = lambda p: varying_as(self.init_leaf(p), like[p.path])
+        leaves = {p.path: leaf(p) for p in plans if p.projected}
         skipped = {p.path: varying_as(jnp.zeros([], jnp.int32), like[p.path]) for p in plans}
         accumulated = {}
         if self.accumulate > 1:
@@ -140,8 +130,8 @@ class Subspace:
             accumulated = {p.path: varying_as(low(p), like[p.path]) for p in plans}
         return ProjectionState(zero, leaves, skipped, accumulated), plans
 
-    def init_leaf(self, plan: LeafPlan, index: int = 0) -> LeafBasis:
-        """The state of a leaf without a basis yet; the index of the leaf is for random numbers."""
+    def init_leaf(self, plan: LeafPlan) -> LeafBasis:
+        """The state of a leaf without a basis yet."""
         rule = plan.projector or self.projector
         if rule.follow is not None and self.moments == "reset":
             raise ValueError(
@@ -154,7 +144,7 @@ class Subspace:
                 "basis to another, which those of this projector are not: use 'keep' or 'reset', "
                 "or random_projection()"
             )
-        key = jax.random.fold_in(key_of(self.seed), index)
+        key = key_of(self.seed, plan.path)
         slices = int(np.prod(plan.batch_shape, dtype=int))
         states = []
         for number, side in enumerate(plan.sides):
@@ -194,7 +184,7 @@ class Subspace:
         if not plans:
             return [], state._replace(steps=steps)
         check_state(plans, state, self.accumulate, self.init_leaf)
-        offsets = _offsets(plans) if self.stagger else {}
+        turns = offsets(plans) if self.stagger else {}
         first, last = None, None
         if self.accumulate > 1:
             first = state.steps % self.accumulate == 0
@@ -203,7 +193,8 @@ class Subspace:
         leaves, skipped, accumulated, handed = {}, {}, {}, []
         low_before = None
         for plan, leaf in zip(plans, leaves_in, strict=True):
-            old, early = state.leaves.get(plan.path), self._early(plan, offsets.get(plan.path))
+            old = state.leaves.get(plan.path)
+            early = steps_early(plan.projector or self.projector, turns.get(plan.path))
             found = matrices = None
             if is_projected(leaf):
                 found = found_at_source(source, plan)
@@ -264,13 +255,6 @@ class Subspace:
             handed.append(handed_on)
         return handed, ProjectionState(steps, leaves, skipped, accumulated)
 
-    def _early(self, plan: LeafPlan, offset: np.ndarray | None) -> np.ndarray | None:
-        """The steps by which the first period of each slice is shorter."""
-        every = (plan.projector or self.projector).every
-        if offset is None or every is None:
-            return None
-        return np.floor(offset * every).astype(np.int32)
-
     @compiled_alone
     def _refresh_leaf(
         self,
@@ -329,24 +313,12 @@ class Subspace:
         rule = plan.projector or self.projector
         done, overlap, turn = joined(sides)
         initial = old.refreshes == 0
-        period = old.period
-        if rule.cosine is not None:
-            still = ~initial & (overlap >= rule.cosine**2)
-            period = jnp.where(still, jnp.minimum(2 * period, rule.longest), 1)
-        latest: Any = NEVER
-        if rule.every is None:
-            due_next = jnp.full_like(old.due, NEVER if rule.follow is None else UNLESS_LOST)
-        else:
-            due_next = old.age + rule.every * period
-            if early is not None:
-                due_next -= jnp.where(initial, early, 0)
-            # A state may be of a run with a longer period, or of a rule without any.
-            latest = old.age + rule.every * rule.longest
+        period = next_period(rule, old.period, initial, overlap)
         new = LeafBasis(
             bases=tuple(s.basis for s in sides),
             rule=tuple(s.rule for s in sides),
             age=old.age,
-            due=jnp.where(done, due_next, jnp.minimum(old.due, latest)),
+            due=next_due(rule, old.age, old.due, done, initial, period, early),
             period=jnp.where(done, period, old.period),
             refreshes=old.refreshes + done.astype(jnp.int32),
             drift=jnp.where(done & ~initial, 1 - overlap, old.drift),
@@ -384,47 +356,10 @@ class Subspace:
         done, overlap, turn = joined(sides)
         # A rule that sees the gradient through its basis alone can't find one that has left it:
         # such a leaf begins anew before long. (One of zeros has not left.)
-        lost = [
-            (s.energy < _LOST * shape[-1] / shape[-2]) & (s.energy != NO_GRADIENT)
-            for s, shape in zip(sides, plan.basis_shapes, strict=True)
-        ]
         followed = basis._replace(
             bases=tuple(s.basis for s in sides),
             rule=tuple(s.rule for s in sides),
-            due=jnp.where(
-                functools.reduce(jnp.logical_or, lost),
-                jnp.minimum(basis.due, -(-basis.age // LOOK_EVERY) * LOOK_EVERY),
-                basis.due,
-            ),
+            due=due_if_lost(basis.age, basis.due, [s.energy for s in sides], plan.basis_shapes),
             drift=jnp.where(done, 1 - overlap, basis.drift),
         )
         return followed, turn if rotate else None
-
-
-@jax.jit
-def in_turn(basis: jax.Array, earlier: jax.Array) -> jax.Array:
-    """``basis``, in such a way that it can be used only when ``earlier`` is known.
-
-    XLA:CPU would take all leaves through one operation before the next one, and so hold the
-    updates of all of them in memory at once. It keeps to dependences of data alone (barriers are
-    gone by the time it orders operations), so here is one, on which no finite number depends. (It
-    is a function of its own in traced programs, by whose name it can be told from a real one.)
-    """
-    first, largest = earlier.ravel()[0], jnp.finfo(basis.dtype).max
-    return jnp.where(first != first, jnp.clip(basis, -largest, largest), basis)
-
-
-def _offsets(plans: Sequence[LeafPlan]) -> dict[str, np.ndarray]:
-    """For each slice the part of a period, in [0, 1), by which its refreshes come early.
-
-    Slices take turns in the order of the leaves; between two the time is in proportion to the
-    work, which for all rules grows with the size of the slice.
-    """
-    sizes = {p.path: (p.batch_shape, math.prod(p.matrix_shape)) for p in plans if p.projected}
-    total = sum(math.prod(batch) * size for batch, size in sizes.values())
-    offsets, before = {}, 0
-    for path, (batch, size) in sizes.items():
-        slices = math.prod(batch)
-        offsets[path] = ((before + size * np.arange(slices)) / total).reshape(batch)
-        before += size * slices
-    return offsets

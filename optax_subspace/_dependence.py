@@ -10,8 +10,8 @@ import jax
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from optax_subspace._bases import IN_TURN
 from optax_subspace._leaves import leaf_names
+from optax_subspace._projection import IN_TURN
 
 _Leaves = frozenset[int]  # indices of the gradients that a value depends on
 _NONE: _Leaves = frozenset()

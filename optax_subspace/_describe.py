@@ -73,6 +73,9 @@ def describe(params: optax.Params, tx: optax.GradientTransformation) -> Descript
     Returns:
       A :class:`Description`: print it, or read its ``leaves``.
 
+    Raises:
+      TypeError, ValueError: what ``tx.init`` raises for these parameters.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_subspace import galore

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from optax_subspace._projectors._base import check_count, check_number
 
 
 class LossScale(NamedTuple):
@@ -61,20 +58,6 @@ class FusedMetrics(NamedTuple):
     loss: jax.Array
     grad_norm: jax.Array
     skipped: jax.Array
-
-
-def check_loss_scale(how: Any) -> None:
-    """Raises unless ``how`` is None or a :class:`LossScale` that can grow and shrink."""
-    if how is None:
-        return
-    if not isinstance(how, LossScale):
-        raise TypeError(f"fused_backward: loss_scale must be a LossScale, got {how!r}")
-    check_number("LossScale: initial", how.initial)
-    check_number("LossScale: factor", how.factor)
-    check_count("LossScale: period", how.period)
-    for name, value, least in (("initial", how.initial, 0), ("factor", how.factor, 1)):
-        if not least < value < math.inf:
-            raise ValueError(f"LossScale: {name} must be finite and above {least}, got {value}")
 
 
 def all_finite(gradients: Any) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +11,18 @@ import optax
 
 from optax_subspace._blocks import dequantize
 from optax_subspace._dependence import check_leaves_apart
+from optax_subspace._fused_checks import (
+    check_clips,
+    check_loss,
+    check_loss_scale,
+    refuse_gradient_trees,
+    refuse_integers,
+)
 from optax_subspace._fused_state import (
     FusedMetrics,
     FusedState,
     LossScale,
     all_finite,
-    check_loss_scale,
     next_scale,
 )
 from optax_subspace._parts import as_seen, init_part
@@ -111,7 +116,9 @@ def fused_backward(
         key; the layers are a list, or their first axes differ; a weight in int8 was not stored
         layer by layer. At once, ``at_source`` without ``remat``, a number to clip to that is
         not positive, or a loss scale that can't grow and shrink.
-      TypeError: ``tx`` is no transformation, or ``loss_scale`` no :class:`LossScale`.
+      TypeError: ``tx`` is no transformation, ``loss_scale`` no :class:`LossScale`, or what to clip
+        to no number; at ``init``, a parameter that is no real number; at ``step``, a loss that is
+        none.
 
     References:
       Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023, algorithm 1 and section 3.3.
@@ -137,12 +144,7 @@ def fused_backward(
             "fused_backward: at_source=True computes each block anew in the backward pass: leave "
             "out remat=False"
         )
-    clips = {"clip_norm": clip_norm, "clip_layer_norm": clip_layer_norm, "clip_value": clip_value}
-    for name, value in clips.items():
-        if isinstance(value, Real) and not value > 0:
-            raise ValueError(
-                f"fused_backward: {name} must be positive, got {value}: leave it out not to clip"
-            )
+    check_clips(clip_norm=clip_norm, clip_layer_norm=clip_layer_norm, clip_value=clip_value)
     check_loss_scale(loss_scale)
     two_passes = clip_norm is not None or loss_scale is not None
 
@@ -150,13 +152,15 @@ def fused_backward(
         stack, rest = parts_of_tree(params, layers)
         count = count_layers(stack, layers)
         one = jax.eval_shape(lambda s: as_seen(slice_of(s, 0)), stack)
-        check_leaves_apart(tx, {layers: one, **jax.eval_shape(as_seen, rest)}, _REMEDY)
+        seen = {layers: one, **jax.eval_shape(as_seen, rest)}
+        refuse_integers(seen)
+        check_leaves_apart(tx, seen, _REMEDY)
 
         def init_layer(layer: Any) -> Any:
             return init_part(tx, {layers: layer}, jax.lax.axis_index(LAYER_AXIS))
 
         state = jax.vmap(init_layer, axis_name=LAYER_AXIS, axis_size=count)(stack)
-        _refuse_gradient_trees(state)
+        refuse_gradient_trees(state)
         return FusedState(
             step=jnp.zeros([], jnp.int32),
             layers=state,
@@ -181,6 +185,7 @@ def fused_backward(
         value, loss_vjp = jax.vjp(
             lambda part, x: loss({**weights, **part}, x, batch), take(at_end), x
         )
+        check_loss(value)
         end_gradients, dx = loss_vjp(state.scale.astype(value.dtype))
         only_end = {key: g for key, g in end_gradients.items() if key not in at_start}
 
@@ -339,17 +344,6 @@ _REMEDY = (
 def _numbers(rest: dict[str, Any], count: int) -> dict[str, int]:
     """The numbers of the parts of the rest, after those of the layers."""
     return {key: count + i for i, key in enumerate(sorted(rest))}
-
-
-def _refuse_gradient_trees(state: Any) -> None:
-    kinds = {optax.MultiStepsState: "MultiSteps", optax.ApplyEvery: "apply_every"}
-    is_one = lambda x: type(x) in kinds
-    for node in filter(is_one, jax.tree.leaves(state, is_leaf=is_one)):
-        raise ValueError(
-            f"{kinds[type(node)]} keeps a whole gradient tree, which the fused backward pass is "
-            "there to avoid: accumulate in the subspace, scale_by_subspace(..., accumulate=k), or "
-            "use larger batches"
-        )
 
 
 def _scaled_to(gradients: Any, norm: jax.Array, largest: float) -> Any:

@@ -66,6 +66,11 @@ class MatrixSpec:
         Projectors work on the slices of a leaf one after the other, and so on those of different
         devices at once, where they are. 1 for a batch that is not split.
 
+    Raises:
+      TypeError: an axis, ``rank``, ``scale`` or ``batch_split`` is no number, or ``projector`` no
+        :class:`Projector`.
+      ValueError: unknown ``side`` or ``square_side``, or ``rank`` below one.
+
     Example:
       >>> MatrixSpec(reduction_axis=1, output_axis=(2, 3)).output_axis  # (L, d, heads, head_dim)
       (2, 3)
@@ -298,11 +303,13 @@ def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
     if math.prod(shape) == 0:
         return LeafPlan(path, shape, dtype, "empty")
     sides = _sides(override.side or side, m, n, override.square_side)
+    scale = override.scale
     if rank >= min(m, n):
         reason = f"rank {rank} >= min({m}, {n})"
         if sides != ("auto",):
             return LeafPlan(path, shape, dtype, reason)
-        rank = min(m, n)
+        # Such a subspace holds the whole gradient: no less is learned than without projection.
+        rank, scale = min(m, n), 1.0 if scale is None else scale
     return LeafPlan(
         path,
         shape,
@@ -313,7 +320,7 @@ def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
         batch=batch,
         reduction=reduction,
         output=output,
-        scale=override.scale,
+        scale=scale,
         projector=override.projector,
         batch_split=split,
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_subspace._leaves import check_scale
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projectors._base import transformation
 
@@ -54,6 +55,7 @@ def decays(weight_decay: Any) -> bool:
 
 def decay_of(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """Decoupled decay; of zero nothing, so that updates need no parameters."""
+    check_scale("weight_decay", weight_decay)
     if not decays(weight_decay):
         return optax.identity()
     return optax.add_decayed_weights(weight_decay, _of_parts(mask))

@@ -62,7 +62,7 @@ def init_part(tx: optax.GradientTransformation, part: Any, number: Any) -> Any:
 def _with_own_keys(state: Any, number: Any) -> Any:
     """A state whose random keys are folded with a number.
 
-    (But for this library's own, which differ from layer to layer by ``key_of``.)
+    (But for this library's own, which differ from part to part by ``key_of``.)
     """
 
     def own(path, x):

@@ -20,6 +20,7 @@ from optax_subspace._leaves import (
     plan_leaf,
 )
 from optax_subspace._projection import compute_dtype
+from optax_subspace._projection_state import BYTES_OF_SCHEDULE
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import check_count
 
@@ -41,7 +42,8 @@ def plan(
     (``re.search``); a spec of ``None`` leaves the leaf alone. A leaf that no rule matches is
     projected if it has two dimensions and is not an embedding or an output head by its name.
     Leaves with ``rank >= min(m, n)`` are left alone, where only a basis on a side that is more than
-    twice the other could save anything; ``auto`` takes that one.
+    twice the other could save anything; ``auto`` takes that one, with a ``scale`` of 1 unless the
+    rule gives another, since it holds the whole gradient.
 
     Args:
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
@@ -122,14 +124,16 @@ def _with_fewest_bytes(
 
 def _decided(plan: LeafPlan, sides: tuple[str, ...]) -> LeafPlan:
     if sides:
-        return dataclasses.replace(plan, sides=sides)
+        whole = plan.rank == min(plan.matrix_shape)
+        reason = f"{plan.reason}, fewer bytes in a basis of all of it" if whole else plan.reason
+        return dataclasses.replace(plan, sides=sides, reason=reason)
     return LeafPlan(plan.path, plan.shape, plan.dtype, plan.reason)
 
 
 def _projection_bytes(plan: LeafPlan, projector: Projector | None, dtype: Any) -> int:
     """Bytes of a leaf's bases and of its projector's own state."""
     storage = storage_of(dtype) or compute_dtype(plan.dtype)
-    total = 0
+    total = BYTES_OF_SCHEDULE * math.prod(plan.batch_shape) if plan.projected else 0
     for side, shape in zip(plan.sides, plan.basis_shapes, strict=True):
         basis = lambda shape=shape: zeros(shape, storage, len(plan.batch))
         total += tree_bytes(jax.eval_shape(basis))

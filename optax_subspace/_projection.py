@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from optax_subspace._blocks import dequantize
 from optax_subspace._leaves import LeafPlan
 
+# The name of `in_turn` in traced programs.
+IN_TURN = "in_turn"
+
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of the arithmetic: float32, or float64 for float64 leaves."""
@@ -63,3 +66,16 @@ def lift(low: jax.Array, bases: tuple[Any, ...], plan: LeafPlan) -> jax.Array:
         else:
             full = jnp.einsum("...mr,...nr->...mn", full, dequantize(basis).astype(low.dtype))
     return full
+
+
+@jax.jit
+def in_turn(basis: jax.Array, earlier: jax.Array) -> jax.Array:
+    """``basis``, in such a way that it can be used only when ``earlier`` is known.
+
+    XLA:CPU would take all leaves through one operation before the next one, and so hold the
+    updates of all of them in memory at once. It keeps to dependences of data alone (barriers are
+    gone by the time it orders operations), so here is one, on which no finite number depends. (It
+    is a function of its own in traced programs, by whose name it can be told from a real one.)
+    """
+    first, largest = earlier.ravel()[0], jnp.finfo(basis.dtype).max
+    return jnp.where(first != first, jnp.clip(basis, -largest, largest), basis)

@@ -6,17 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from optax_subspace._blocks import is_quantized, without_variables
 from optax_subspace._leaves import LeafPlan
-
-NEVER = np.iinfo(np.int32).max
-# Of rules that follow: due only if the gradient leaves the basis altogether,
-UNLESS_LOST = NEVER - 1
-# and then at the next age that this divides. (So a step for which no basis is ever due, which is
-# cheaper at the source, can be taken between these.)
-LOOK_EVERY = 10
 
 
 class LeafBasis(NamedTuple):
@@ -42,6 +34,10 @@ class LeafBasis(NamedTuple):
     period: jax.Array
     refreshes: jax.Array
     drift: jax.Array
+
+
+# Of one slice, for `age` and what comes after it.
+BYTES_OF_SCHEDULE = 5 * 4
 
 
 class ProjectionState(NamedTuple):

@@ -135,7 +135,7 @@ def quantize_state(
         whole = lambda node: _is_own(node) or is_variable(node)
         stored = jax.tree_util.tree_map_with_path(store, state, is_leaf=whole)
         _check_rules(compiled, matched, state, bool(jax.tree.leaves(params)))
-        key = key_of(seed) if stochastic_rounding else None
+        key = key_of(seed, " ".join(leaf_names(params))) if stochastic_rounding else None
         return QuantizedState(stored, key)
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -203,18 +203,22 @@ def follow(
     """
     assert rule.follow is not None
     step = rule.follow
+    turn = lambda x: x if side == "left" else x.mT
+    # Of all slices at once: XLA:CPU gives the operations of a loop one thread.
+    scales = largest(coordinates, (-2, -1))
+    coordinates = coordinates / scales
+    if rule.relative_to == "gradient":
+        norms = jnp.sum((matrices / scales) ** 2, axis=(-2, -1))
+    else:
+        seen_by = directions(turn(matrices).shape[-1], matrices.dtype)
+        seen_by = jnp.expand_dims(seen_by, tuple(range(scales.ndim - 2)))
+        bases = dequantize(basis).astype(matrices.dtype)
+        seen = turn(matrices) @ (seen_by / scales)
+        norms = squared_norm(turn(coordinates), seen, bases, seen_by)
 
     def move(arrays, old):
-        matrix, low = arrays
-        matrix, low = (matrix, low) if side == "left" else (matrix.T, low.T)
-        scale = largest(low)
-        low = low / scale
-        if rule.relative_to == "gradient":
-            squared = jnp.sum((matrix / scale) ** 2)
-        else:
-            seen_by = directions(matrix.shape[1], matrix.dtype)
-            basis = dequantize(old[0]).astype(matrix.dtype)
-            squared = squared_norm(low, matrix @ (seen_by / scale), basis, seen_by)
+        matrix, low, scale, squared = arrays
+        matrix, low = turn(matrix), turn(low)
         product = matrix @ low.T / jnp.where(squared > 0, squared, 1) / scale
         new = checked(step, product, *old, name=plan.path)
         moved = squared > 0
@@ -226,7 +230,8 @@ def follow(
         energy = jnp.where(nothing, NO_GRADIENT, energy)
         return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
 
-    return in_slices(plan, moves, move, (matrices, coordinates), (basis, state), rotate)
+    arrays = matrices, coordinates, scales, norms
+    return in_slices(plan, moves, move, arrays, (basis, state), rotate)
 
 
 def follow_product(

@@ -18,14 +18,8 @@ from optax_subspace._describe import recorded
 from optax_subspace._leaves import LeafPlan, leaf_names
 from optax_subspace._projected import Projected, SourceBasis
 from optax_subspace._projection import compute_dtype
-from optax_subspace._projection_state import (
-    LOOK_EVERY,
-    NEVER,
-    UNLESS_LOST,
-    LeafBasis,
-    ProjectionState,
-    check_state,
-)
+from optax_subspace._projection_state import LeafBasis, ProjectionState, check_state
+from optax_subspace._schedule import LOOK_EVERY, NEVER, UNLESS_LOST
 from optax_subspace._source_check import (
     Held,
     along_no_other_axes,

@@ -332,3 +332,96 @@ def test_float32_views_need_shapes_alone():
     assert {x.dtype.name for x in means} <= {"float32", "int32"}
     with pytest.raises(TypeError, match="in_float32: tx must be an optax transformation"):
         osub.in_float32(None)
+
+
+@jax.custom_vjp
+def overflowing(x):
+    return x
+
+
+overflowing.defvjp(lambda x: (x, None), lambda _, g: (jnp.full_like(g, jnp.inf),))
+
+
+@pytest.mark.parametrize("part", ["embed", "layers", "head"])
+@pytest.mark.parametrize("clip_value", [None, 1.0])
+def test_an_overflow_in_one_part_alone_skips_the_step(part, clip_value):
+    spoiled = lambda tree, key: {**tree, "w": overflowing(tree["w"])} if key == part else tree
+    fused = osub.fused_backward(
+        lambda rest, batch: embed({**rest, "embed": spoiled(rest["embed"], "embed")}, batch),
+        lambda layer, x: block(spoiled(layer, "layers"), x),
+        lambda rest, x, _: loss({**rest, "head": spoiled(rest["head"], "head")}, x, None),
+        optax.adam(0.1),
+        loss_scale=osub.LossScale(8.0),
+        clip_value=clip_value,
+    )
+    params = params_in()
+    state = fused.init(params)._replace(good=jnp.int32(5))
+    after, new, metrics = jax.jit(fused.step)(params, state, batch_in())
+    assert metrics.skipped == new.skipped == 1
+    assert new.scale == 4 and new.good == 0
+    chex.assert_trees_all_equal(after, params)
+    chex.assert_trees_all_equal((new.layers, new.rest), (state.layers, state.rest))
+
+
+def test_steps_without_overflow_are_counted_until_the_scale_grows():
+    fused = osub.fused_backward(*MODEL, optax.sgd(0.1), loss_scale=osub.LossScale(8.0, period=3))
+    params, step, seen = params_in(), jax.jit(fused.step), []
+    state = fused.init(params)
+    for _ in range(4):
+        params, state, _ = step(params, state, batch_in())
+        seen.append((float(state.scale), int(state.good)))
+    assert seen == [(8, 1), (8, 2), (16, 0), (16, 1)]
+
+
+def test_what_neither_end_reads_decays_all_the_same():
+    fused = osub.fused_backward(*MODEL, osub.lomo(0.1, weight_decay=0.5))
+    params = {**params_in(), "other": jnp.ones(3)}
+    after, _, _ = jax.jit(fused.step)(params, fused.init(params), batch_in())
+    np.testing.assert_allclose(after["other"], 0.95, rtol=1e-6)
+
+
+def test_stochastic_rounding_draws_anew_for_each_layer_and_step():
+    """All weights are one and all updates the same, a fraction of what bfloat16 can tell."""
+    tx = optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.full_like(x, 1e-3), g))
+    fused = osub.fused_backward(*MODEL, tx, seed=0)
+    params = jax.tree.map(jnp.ones_like, params_in(jnp.bfloat16, width=16))
+    step, before, found = jax.jit(fused.step), fused.init(params), []
+    for count in (0, 1):
+        after, _, _ = step(params, before._replace(step=jnp.int32(count)), batch_in(jnp.bfloat16))
+        found += [np.asarray(w != 1) for w in after["layers"]["w"]]
+    assert all(0.05 < rounded_up.mean() < 0.3 for rounded_up in found)
+    for i, one in enumerate(found):
+        assert all(np.any(one != other) for other in found[:i])
+
+
+def test_projections_of_the_rest_differ_from_part_to_part():
+    tx = osub.scale_by_subspace(
+        optax.scale_by_adam(),
+        rank=2,
+        projector=osub.random_projection(),
+        rules=[("(layers|up|down)", osub.MatrixSpec(-2, -1))],
+    )
+    stored = osub.quantize_state(tx, stochastic_rounding=True)
+    params = {**params_in(), "up": {"w": jnp.ones((6, 6))}, "down": {"w": jnp.ones((6, 6))}}
+    rest = osub.fused_backward(*MODEL, stored).init(params).rest
+    keys = [np.asarray(jax.random.key_data(rest[k].key)) for k in ("up", "down")]
+    rules = [rest[k].inner.projection.leaves[f"{k}/w"].rule[0] for k in ("up", "down")]
+    assert np.any(keys[0] != keys[1]) and np.any(rules[0] != rules[1])
+
+
+def test_parameters_and_losses_that_have_no_gradient_are_refused():
+    params = params_in()
+    counted = {**params, "layers": {**params["layers"], "count": jnp.zeros(3, jnp.int32)}}
+    with pytest.raises(TypeError, match="parameter layers/count has dtype int32 and so no gradien"):
+        osub.fused_backward(*MODEL, optax.sgd(0.1)).init(counted)
+    for wrong, said in (
+        (lambda *a: (loss(*a), {"aux": jnp.ones(2)}), r"float32\[\].*float32\[2\]"),
+        (lambda *a: loss(*a)[None], r"float32\[1\]"),
+    ):
+        fused = osub.fused_backward(embed, block, wrong, optax.sgd(0.1))
+        with pytest.raises(
+            TypeError, match="loss must return one real number, a mean, got.*" + said
+        ):
+            fused.step(params, fused.init(params), batch_in())
+    with pytest.raises(TypeError, match="clip_norm must be a number, got '1'"):
+        osub.fused_backward(*MODEL, optax.sgd(0.1), clip_norm="1")

@@ -265,7 +265,9 @@ def test_a_file_is_a_whole_model_for_the_trainer(tmp_path, start, before):
     weights_of_run.keep_tokenizer(found.tokenizer, tmp_path, 99)
     again = open_tokenizer(str(tmp_path / "tokenizer.json"))
     assert (
-        again.end == 2 and again.encode("Über").tolist() == found.tokenizer.encode("Über").tolist()
+        again.end == 2
+        and again.start == before
+        and again.encode("Über").tolist() == found.tokenizer.encode("Über").tolist()
     )
 
 

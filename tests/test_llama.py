@@ -324,6 +324,27 @@ class TestForms:
             1e-5,
         )
 
+    def test_no_more_logits_exist_than_those_of_a_chunk(self):
+        """Whatever the gradients of head and hidden states are made of, in sizes of arrays."""
+        tokens, width, vocabulary, chunk = 48, 4, 64, 8
+        arrays = (
+            jax.ShapeDtypeStruct((tokens, width), jnp.float32),
+            jax.ShapeDtypeStruct((width, vocabulary), jnp.float32),
+            jax.ShapeDtypeStruct((tokens,), jnp.int32),
+            jax.ShapeDtypeStruct((tokens,), jnp.float32),
+        )
+
+        def largest(jaxpr):
+            sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
+            inner = [eqn.params["jaxpr"].jaxpr for eqn in jaxpr.eqns if "jaxpr" in eqn.params]
+            return max([*sizes, *map(largest, inner)])
+
+        def of(loss):
+            return largest(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(*arrays).jaxpr)
+
+        assert of(functools.partial(losses.fused, chunk=chunk)) == chunk * vocabulary
+        assert of(losses.logits) == tokens * vocabulary
+
     def test_pieces_walk_to_the_same_loss(self):
         for tied in (False, True):
             config, params, (loss, _) = self.reference(tie_embeddings=tied)

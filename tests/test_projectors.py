@@ -21,10 +21,16 @@ RULES = {
     "online_pca": osub.online_pca(),
     "online_pca_lion": osub.online_pca(optax.lion(0.01)),
     "online_pca_sgd": osub.online_pca(optax.sgd(0.1, momentum=0.9), relative=False),
+    "online_pca_adam8bit": osub.online_pca(
+        osub.quantize_state(optax.adam(0.03, eps=1e-7), block=16, min_size=0)
+    ),
+    "online_pca_adafactor": osub.online_pca(
+        optax.adafactor(0.03, min_dim_size_to_factor=4, multiply_by_parameter_scale=False)
+    ),
     "history_pca": osub.history_pca(),
     "oja": osub.oja(),
 }
-RETRACTED = set(RULES) - {"online_pca", "online_pca_lion", "online_pca_sgd"}
+RETRACTED = {name for name in RULES if not name.startswith("online_pca")}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -151,6 +157,21 @@ def test_online_pca_equals_the_published_online_subspace_descent(tag):
             theirs = golden[f"{tag}/params{name[1]}"][step]
             np.testing.assert_allclose(ours, columns[name][step], rtol=1e-4, atol=1e-4)
             assert np.linalg.norm(value - theirs) < 1e-4 * np.linalg.norm(theirs)
+
+
+def test_auto_at_full_rank_scales_nothing_and_says_why():
+    """A basis of all of a slim matrix: with four moments on its shorter side the fewest bytes."""
+    params = {"w": jnp.cos(jnp.arange(240.0)).reshape(40, 6)}
+    make = lambda count, *rules: osub.galore(
+        0.1, 6, side="auto", inner=optax.chain(*[optax.trace(0.9)] * count), rules=rules
+    )
+    assert osub.describe(params, make(1)).leaves[0].side is None
+    for tx, factor in ((make(4), 1.0), (make(4, ("w", osub.MatrixSpec(scale=0.5))), 0.5)):
+        (plan,) = osub.describe(params, tx).leaves
+        assert plan.side == "left" and plan.scale == factor
+        assert plan.reason == "rank 6 >= min(40, 6), fewer bytes in a basis of all of it"
+        updates, _ = tx.update(params, tx.init(params))
+        np.testing.assert_allclose(updates["w"], -0.1 * factor * params["w"], rtol=1e-4, atol=1e-6)
 
 
 def test_auto_takes_the_side_that_a_given_basis_fits():

@@ -322,7 +322,7 @@ def exact_run(name, projected):
             pytest.param(n, "inside", marks=pytest.mark.slow)
             for n in ("lion", "momentum", "rms", "chain")
         ),
-        *WHERE,
+        *(pytest.param(*x, marks=[pytest.mark.slow] if x in WHERE[3:5] else []) for x in WHERE),
     ],
 )
 def test_quantized_state_follows_the_exact_one(name, where):

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import optax_subspace as osub
-from optax_subspace._projection_state import LOOK_EVERY
+from optax_subspace._schedule import LOOK_EVERY
 from tests import trees
 
 STACK = [("stack", osub.MatrixSpec(1, 2))]
@@ -38,6 +38,22 @@ def test_stagger_spreads_leaves_and_slices_over_the_period():
     # Each slice once in any ten steps, after a first period that may be shorter.
     for start in range(21):
         np.testing.assert_array_equal(changes[start : start + 10].sum(axis=0), 1)
+
+
+def test_a_run_that_goes_on_with_a_shorter_period_stays_staggered():
+    params = leaves("tall", "wide", "stack")
+    make = lambda every: osub.scale_by_subspace(
+        optax.scale_by_adam(), rank=4, projector=osub.svd(every), rules=STACK, stagger=True
+    )
+    state, counts = make(1000).init(params), []
+    for tx, steps in ((make(1000), 2), (make(10), 25)):
+        update = jax.jit(tx.update)
+        for step in range(steps):
+            _, state = update(trees.grads(params, 0.1 * step), state)
+            counts.append(np.concatenate([c.ravel() for c in refreshes(state).values()]))
+    changes = np.diff(np.stack(counts), axis=0)
+    assert changes.sum(axis=1).max() == 1, "no step refreshes two of the five slices"
+    assert np.all(changes.sum(axis=0) >= 2)
 
 
 def test_without_stagger_all_refresh_at_once():

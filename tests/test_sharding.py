@@ -38,6 +38,12 @@ RULES = {
     "svd": osub.svd(), "iteration": osub.subspace_iteration(),
     "history": osub.history_pca(), "online": osub.online_pca(),
     "history after iteration": osub.history_pca(first=osub.subspace_iteration()),
+    "history, moments turned": osub.history_pca(), "oja": osub.oja(),
+    "history, micro-batches": osub.history_pca(),
+}
+SETTINGS = {
+    "history, moments turned": {"moments": "project"},  # as online_subspace_descent has it
+    "history, micro-batches": {"moments": "project", "accumulate": 2},
 }
 STORED = {"left by columns": 8, "right by rows": 1, "experts": 8}  # shards
 MOVED = r"\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute|all-reduce)\("
@@ -49,6 +55,8 @@ else:  # each case once, and each rule where it could need what another does not
     runs += [(case, "iteration", 0) for case in ("right by rows", "left by rows")]
     runs += [("left by rows", "history after iteration", 0)]
     runs += [(case, rule, 0) for case in ("experts", "heads") for rule in ("history", "online")]
+    runs += [(case, "history, moments turned", 0) for case in ("left by columns", "layers")]
+    runs += [("stack by columns", "history, micro-batches", 0)]
 runs += [(case, "svd", shards) for case, shards in STORED.items()]
 for case, rule, shards in runs:
     (shape, axes, side, matrix), projector = CASES[case], RULES[rule]
@@ -59,7 +67,8 @@ for case, rule, shards in runs:
     if shards:
         storage = {"shards": shards, "block": 16, "min_size": 0}
         make = lambda *a, **kw: osub.galore_adamw8bit(*a, storage=storage, **kw)
-    tx = make(1e-2, 4, eps=1e-3, projector=projector, side=side, rules=[("w", matrix)])
+    settings = {"side": side, "rules": [("w", matrix)], **SETTINGS.get(rule, {})}
+    tx = make(1e-2, 4, eps=1e-3, projector=projector, **settings)
     shardings = osub.state_shardings(tx, w)
     state = jax.jit(tx.init, out_shardings=shardings)(w)
     own = {"w": w["w"].sharding}
@@ -75,9 +84,10 @@ for case, rule, shards in runs:
         int(np.prod([int(n) for n in dims.split(",") if n]))
         for dims in re.findall(MOVED, compiled.as_text())
     ]
-    new, state = compiled(w, state, w)
-    alone = {"w": value}
-    expected, _ = step(alone, tx.init(alone), alone)
+    new, expected, other = w, {"w": value}, tx.init({"w": value})
+    for _ in range(2):
+        new, state = compiled(new, state, new)
+        expected, other = step(expected, other, expected)
     inner = state[0].inner
     mu = inner.inner.mu["w"].codes if shards else inner.mu["w"]
     found[f"{case}/{rule}" + "/8 bits" * bool(shards)] = {
@@ -117,7 +127,7 @@ def found():
 @pytest.mark.slow
 def test_no_projector_gathers_a_full_weight():
     everything = on_eight_devices("all")
-    assert len(everything) == 43
+    assert len(everything) == 67
     check_moves(everything)
     assert max(result["error"] for result in everything.values()) < 1e-5
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import optax_subspace as osub
-from optax_subspace._projection_state import LOOK_EVERY
+from optax_subspace._schedule import LOOK_EVERY
 from tests import trees
 
 
@@ -459,6 +459,11 @@ def test_errors_of_the_factory_and_of_foreign_states():
         osub.scale_by_subspace(adam, projector=osub.svd(1)._replace(follow=osub.oja().follow))
     with pytest.raises(TypeError, match="scale must be a number or a schedule, got 'x'"):
         osub.galore(0.1, scale="x")
+    with pytest.raises(TypeError, match="learning_rate must be a number or a schedule, got 'x'"):
+        osub.galore("x")
+    for alias in (osub.galore, osub.online_subspace_descent, osub.lomo):
+        with pytest.raises(TypeError, match="weight_decay must be a number or a schedule, got '1'"):
+            alias(0.1, weight_decay="1")
     with pytest.raises(TypeError, match="stagger must be True or False, got 'no'"):
         osub.galore(0.1, stagger="no")
     for rule, argument in ((osub.oja, "step"), (osub.history_pca, "decay")):

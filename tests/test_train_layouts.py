@@ -63,6 +63,28 @@ class TestRows:
         row = self.row(8, prompt="", completion="ab")
         assert row.tokens.tolist() == [END, 97, 98, END] and row.first == 1
 
+    def test_what_a_tokenizer_sets_before_a_text_stands_there(self):
+        class Started(Bytes):
+            start = (300,)
+
+        encode = lambda length, **record: rows.encode(
+            {k: v.encode() for k, v in record.items()}, Started(), length
+        )
+        row = encode(8, text="abc")
+        assert row.tokens.tolist() == [300, 97, 98, 99, END] and row.first == 1
+        np.testing.assert_array_equal(rows.padded(row, 8).mask, [1, 1, 1, 1, 0, 0, 0, 0])
+        assert encode(4, text="abcdef").tokens.tolist() == [300, 97, 98, END]
+        for length, expected, first in (
+            (9, [300, *b"abcDEF", END], 4),
+            (7, [300, *b"bcDEF", END], 3),
+            (4, [300, *b"DEF"], 1),
+            (3, [300, *b"DE"], 1),
+        ):
+            row = encode(length, prompt="abc", completion="DEF")
+            assert row.tokens.tolist() == expected and row.first == first
+        row = encode(8, prompt="", completion="ab")
+        assert row.tokens.tolist() == [300, 97, 98, END] and row.first == 1
+
     def test_a_token_across_the_border_is_of_the_completion(self):
         class Pairs:
             """Two letters a token."""

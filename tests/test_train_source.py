@@ -7,7 +7,7 @@ import pytest
 
 from models.config import LlamaConfig
 from optax_subspace import steps_to_refresh
-from optax_subspace._projection_state import LOOK_EVERY
+from optax_subspace._schedule import LOOK_EVERY
 from tests.train_helpers import TINY, pair, write_text
 from train import records, source, step
 from train.cli import main, parse

@@ -80,7 +80,7 @@ def test_a_tokenizer_json_is_whole_and_without_its_template(tmp_path):
 
 
 def test_special_tokens_are_text_in_documents_and_tokens_in_prompts():
-    tokenizer = HuggingFace(tokenizer_json(special=("<|user|>", "</s>")))
+    tokenizer = HuggingFace(tokenizer_json(special=("<|user|>", "</s>"), post=False))
     text = "the <|user|></s>law"
     ids = tokenizer.encode(text)
     assert ids.tolist().count(tokenizer.end) == 1 and tokenizer.decode(ids) == text

@@ -1,11 +1,13 @@
 """Runs on pretrained weights: begin, resume, export, sample."""
 
+import io
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from safetensors import SafetensorError
 
@@ -13,7 +15,7 @@ from models import huggingface, pretrained
 from models.config import LlamaConfig
 from tests.test_pretrained import assert_same, weights
 from tests.train_helpers import write_text
-from train import cache, runs
+from train import cache, rows, runs
 from train.cli import main, parse
 from train.config import SUBSPACE
 from train.errors import UsageError
@@ -22,7 +24,7 @@ from train.export import export
 from train.sample import Arguments as SampleArguments
 from train.sample import sample
 from train.tokenizer import Pieces, fit
-from train.weights import keep_tokenizer, key, start, tokenizer
+from train.weights import keep_tokenizer, key, tokenizer
 
 MODEL = LlamaConfig(
     vocab_size=300, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, num_layers=1
@@ -110,20 +112,57 @@ def test_paths_that_are_no_model(tmp_path, capsys):
     assert "choose one of tiny" in fail(capsys, ["--model", ""])
 
 
+def with_a_beginning(model, folder):
+    """A copy of a model whose tokenizer sets the token of number 0 before each text."""
+    shutil.copytree(model, folder)
+    raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<end> $A <end>", special_tokens=[("<end>", 0)]
+    )
+    raw.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def test_what_stands_before_a_text(model, tmp_path):
-    assert start(str(model)) == ()
-    copy = shutil.copytree(model, tmp_path / "copy")
+    assert tokenizer(str(model)).start == ()
+    copy = with_a_beginning(model, tmp_path / "copy")
+    assert tokenizer(str(copy)).start == (0,)
     raw = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
     raw.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<end> $A", special_tokens=[("<end>", 0)]
+        single="$A <end>", special_tokens=[("<end>", 0)]
     )
     raw.save(str(copy / "tokenizer.json"))
-    assert start(str(copy)) == (0,)
-    (copy / "tokenizer.json").unlink()
-    assert start(str(copy)) == ()
+    assert tokenizer(str(copy)).start == (), "what comes after a text is not before it"
     # SentencePiece: the pieces that are trained here have no sign of a beginning.
-    keep_tokenizer(Pieces(fit(["law and work and war and law"] * 9, 270)), copy, 64)
-    assert start(str(copy)) == () and tokenizer(str(copy)).vocab_size == 270
+    pieces = Pieces(fit(["law and work and war and law"] * 9, 270))
+    assert pieces.start == ()
+    keep_tokenizer(pieces, copy, 64)
+    found = tokenizer(str(copy))
+    assert found.start == () and found.vocab_size == 270
+
+
+def test_a_sentencepiece_model_begins_texts_unless_it_is_told_not_to(tmp_path):
+    model, settings = io.BytesIO(), dict(vocab_size=14, minloglevel=4, bos_id=1, eos_id=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["law and work and war and law"] * 9), model_writer=model, **settings
+    )
+    for told, start in ((None, (1,)), (False, ()), (True, (1,))):
+        (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+        if told is not None:
+            keep_tokenizer(Pieces(model.getvalue(), told), tmp_path, 64)
+        assert tokenizer(str(tmp_path)).start == start
+
+
+def test_examples_are_learned_as_they_will_be_read(model, words, tmp_path):
+    """With what a tokenizer sets before a text, in training, of the run and of its export."""
+    base, run, out = (tmp_path / name for name in ("base", "run", "out"))
+    with_a_beginning(model, base)
+    documents = ["--data.layout", "documents", "--train.steps", "2", *ADAPTERS[:4]]
+    assert main([*words, *documents, "--model", str(base), "--run_dir", str(run)]) == 0
+    export(ExportArguments(str(run), str(out)))
+    assert [runs.load(str(path)).start for path in (base, run, out)] == [(0,)] * 3
+    row = rows.encode({"text": b"law"}, runs.load(str(run)).tokenizer, 16)
+    assert row.tokens[0] == 0 and row.first == 1
 
 
 def test_the_key_changes_with_the_contents(model, tmp_path):

@@ -156,14 +156,13 @@ def encode(model: Loaded, prompt: str, choice: str) -> tuple[Row, bool]:
     # Something has to stand before the first token that counts.
     start = model.start if model.start or first else (model.tokenizer.end,)
     answer = len(whole) - first
-    if answer >= model.context:
+    if answer + max(len(start), 1) > model.context:
         raise UsageError(
             f"the answer {choice[:40]!r} has {answer} tokens, and the model's context is "
             f"{model.context}; give shorter answers"
         )
-    tokens = np.concatenate([np.array(start, np.int32), whole])
-    cut = max(len(tokens) - model.context, 0)
-    tokens = tokens[cut:]
+    cut = max(len(start) + len(whole) - model.context, 0)
+    tokens = np.concatenate([np.array(start, np.int32), whole[cut:]])
     return Row(tokens, len(tokens) - answer), cut > 0
 
 

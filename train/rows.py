@@ -1,8 +1,9 @@
 """Documents as rows: one a row, truncated or padded to S tokens, with the padding masked.
 
 The pipeline of GaLore's own runs (--data.layout documents). A document that is too long keeps its
-first S - 1 tokens and the end after them, as the T5 tokenizer's truncation leaves it. Of S tokens
-all but the first are predicted. An example has a prompt and a completion, of which only the
+first S - 1 tokens and the end after them, as the T5 tokenizer's truncation leaves it; what a
+tokenizer's template sets before a text (`<s>` of LLaMA's, nothing of T5's) stands there. Of S
+tokens all but the first are predicted. An example has a prompt and a completion, of which only the
 completion and the end count; one that is too long loses the beginning of its prompt, down to one
 token, and then the end of its completion.
 """
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.tokenizer import Tokenizer, encode_prompt
+from train.tokenizer import Tokenizer, encode_prompt, start_of
 
 
 class Row(NamedTuple):
@@ -40,11 +41,12 @@ def encode(record: Mapping[str, bytes], tokenizer: Tokenizer, length: int) -> Ro
     >>> encode({"text": b"too long"}, Bytes(), 4).tokens.tolist()
     [116, 111, 111, 256]
     """
+    start = np.array(start_of(tokenizer), np.int32)
     if "text" in record:
-        tokens = tokenizer.encode(record["text"].decode())
+        tokens = np.append(start, tokenizer.encode(record["text"].decode()))
         if len(tokens) > length:
             tokens = np.append(tokens[: length - 1], tokens[-1:])
-        return Row(tokens, 1)
+        return Row(tokens, max(len(start), 1))
     prompt, completion = record["prompt"].decode(), record["completion"].decode()
     context = encode_prompt(tokenizer, prompt)[:-1]
     # As one text, as it will be generated; a token across the border belongs to the completion.
@@ -52,11 +54,12 @@ def encode(record: Mapping[str, bytes], tokenizer: Tokenizer, length: int) -> Ro
     shared = min(len(context), len(tokens) - 1)
     differs = np.flatnonzero(context[:shared] != tokens[:shared])
     first = int(differs[0]) if len(differs) else shared
-    if not first:
+    if not first and not len(start):
         # Nothing would stand before the first token that counts.
-        tokens, first = np.append(tokens[-1:], tokens), 1
-    cut = min(max(len(tokens) - length, 0), first - 1)
-    return Row(tokens[cut : cut + length], first - cut)
+        start = tokens[-1:]
+    room, least = length - len(start), 0 if len(start) else 1
+    cut = min(max(len(tokens) - room, 0), first - least)
+    return Row(np.append(start, tokens[cut : cut + room]), len(start) + first - cut)
 
 
 def padded(row: Row, length: int) -> Arrays:

@@ -14,7 +14,7 @@ from train import cache, weights
 from train.config import LoraConfig
 from train.errors import UsageError, one_line
 from train.step import kernels_in_int8, with_adapters, without_adapters
-from train.tokenizer import BYTES, Tokenizer, open_tokenizer
+from train.tokenizer import BYTES, Tokenizer, open_tokenizer, start_of
 
 
 class Loaded(NamedTuple):
@@ -55,8 +55,8 @@ def load(path: str, step: int | None = None) -> Loaded:
             f"{path}: has no {' or '.join(weights.TOKENIZERS)}; put the model's own beside it"
         )
     params = weights.read(path, header.config, "")
-    name, start = weights.name(path), weights.start(path)
-    return Loaded(name, header.config, params, tokenizer, header.context, start)
+    name = weights.name(path)
+    return Loaded(name, header.config, params, tokenizer, header.context, start_of(tokenizer))
 
 
 def read_checkpoint(run: Path, step: int | None) -> tuple[int, dict[str, Any], Any]:
@@ -143,8 +143,9 @@ def _of_run(run: Path, step: int | None) -> Loaded:
     params = jax.jit(lambda params: without_adapters(dequantize(params)))(params)
     name = f"{run.name or run.resolve().name}, step {number}"
     tokenizer = _tokenizer(run)
-    # Packed documents follow the end of others, rows of one document nothing.
-    start = (tokenizer.end,) if config.get("data.layout", "packed") == "packed" else ()
+    # Packed documents follow the end of others, rows of one document what their tokenizer sets.
+    packed = config.get("data.layout", "packed") == "packed"
+    start = (tokenizer.end,) if packed else start_of(tokenizer)
     return Loaded(name, model_of(config), params, tokenizer, _context(run), start)
 
 

@@ -53,6 +53,10 @@ class Tokenizer(Protocol):
     def end(self) -> int:
         """The id that stands before the first document and after each."""
 
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Ids that its users set before each text, as `<s>`; nothing for most."""
+
     def encode(self, text: str) -> np.ndarray:
         """int32 ids of a document, with `end` after it."""
 
@@ -65,17 +69,20 @@ class Pieces:
 
     Args:
       model: the serialised model.
+      starts: whether its piece that starts a text, if there is one, does so.
 
     Raises:
       ValueError: that is no such model, or it has no piece that ends a text.
     """
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, starts: bool = True):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"is no SentencePiece model ({one_line(error)})") from None
-        self.key = cache.digest([model])
+        first = self._processor.bos_id()
+        self.start: tuple[int, ...] = (first,) if starts and first >= 0 else ()
+        self.key = cache.digest([model, *map(str, self.start)])
         self.vocab_size: int = self._processor.vocab_size()
         self.end: int = self._processor.eos_id()
         if self.end < 0:
@@ -91,7 +98,8 @@ class Pieces:
 
 
 class HuggingFace:
-    """A `tokenizer.json`, as `transformers` would read it, without what its template adds.
+    """A `tokenizer.json`, as `transformers` would read it, without what its template adds, of
+    which `start` is known.
 
     Args:
       text: contents of the file.
@@ -120,6 +128,7 @@ class HuggingFace:
         self.end: int = found[0]
         # Not `get_vocab_size()`: ids may have gaps.
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.start = _before_a_text(self._tokenizer)
         self.key = cache.digest([text, str(self.end), "documents are plain"])
 
     @functools.cached_property
@@ -166,6 +175,7 @@ class Bytes:
     key = BYTES
     vocab_size = 257
     end = 256
+    start = ()
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids of a document, with `end` after it."""
@@ -176,6 +186,17 @@ class Bytes:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, without `end`; what is no UTF-8 becomes U+FFFD."""
         return bytes(int(i) for i in ids if i != self.end).decode(errors="replace")
+
+
+def _before_a_text(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The ids that a tokenizer's template sets before each text."""
+    try:
+        whole = tokenizer.encode("a").ids
+        text = tokenizer.encode("a", add_special_tokens=False).ids
+    except Exception:  # a text that it can't encode, of which `encode` will tell
+        return ()
+    places = range(len(whole) - len(text) + 1)
+    return tuple(next((whole[:i] for i in places if whole[i : i + len(text)] == text), ()))
 
 
 def open_tokenizer(path: str) -> Tokenizer:
@@ -207,7 +228,9 @@ def open_tokenizer(path: str) -> Tokenizer:
     try:
         if place.suffix == ".json":
             return HuggingFace(place.read_text(encoding="utf-8"), _end_beside(place))
-        return Pieces(place.read_bytes())
+        # As transformers, which sets it unless it is told not to.
+        starts = _json(place.with_name("tokenizer_config.json")).get("add_bos_token", True)
+        return Pieces(place.read_bytes(), bool(starts))
     except OSError as error:
         raise UsageError(f"{told}: can't be read ({error.strerror}); give another file") from None
     except ValueError as error:
@@ -253,6 +276,11 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return getattr(tokenizer, "encode_prompt", tokenizer.encode)(text)
 
 
+def start_of(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What its users set before each text; nothing for tokenizers that don't say it."""
+    return tuple(getattr(tokenizer, "start", ()))
+
+
 def check_vocabulary(tokenizer: Tokenizer, embeddings: int, name: str) -> None:
     """Refuses a tokenizer with more ids than a model has embeddings.
 
@@ -279,7 +307,7 @@ def identity(tokenizer: Tokenizer, sample: str) -> str:
     key = getattr(tokenizer, "key", None)
     if key is not None:
         return str(key)
-    shape = f"{tokenizer.vocab_size} {tokenizer.end}"
+    shape = f"{tokenizer.vocab_size} {tokenizer.end} {start_of(tokenizer)}"
     return cache.digest([shape, tokenizer.encode(sample).tobytes()])
 
 

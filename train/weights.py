@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as Raw
 
 from models import pretrained
@@ -115,27 +114,6 @@ def tokenizer(path: str | None) -> Tokenizer | None:
         raise UsageError(f"--model {path}: {_after(error, path)}") from None
 
 
-def start(path: str) -> tuple[int, ...]:
-    """Ids that the model's own tokenizer sets before each text: the first of a text, or nothing."""
-    place = Path(path)
-    if place.suffix == ".gguf":
-        from models.gguf import first_token
-
-        first = first_token(place)
-        return () if first is None else (first,)
-    if (place / TOKENIZERS[0]).is_file():
-        raw = Raw.from_file(str(place / TOKENIZERS[0]))
-        ids = raw.encode("").ids
-        return tuple(ids[:1])
-    if (place / TOKENIZERS[1]).is_file():
-        about = place / ABOUT
-        known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-        # As transformers, which sets it unless it is told not to.
-        first = SentencePieceProcessor(model_file=str(place / TOKENIZERS[1])).bos_id()
-        return (first,) if first >= 0 and known.get("add_bos_token", True) else ()
-    return ()
-
-
 def context(config: Config) -> int:
     """The longest sequence, in tokens, that the model of a run is made for."""
     length = config.train.sequence_length
@@ -158,6 +136,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         about["eos_token"] = raw.id_to_token(tokenizer.end)
     elif isinstance(tokenizer, Pieces):
         kept = TOKENIZERS[1]
+        about["add_bos_token"] = bool(tokenizer.start)
         (folder / kept).write_bytes(tokenizer._processor.serialized_model_proto())
     for name in TOKENIZERS:
         if name != kept:

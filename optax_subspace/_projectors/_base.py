@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import optax
 from optax_subspace._varying import varying_as
 
 RELATIVE_TO = ("gradient", "estimate")
-_SKETCHED = 8  # random directions
+_SKETCHED = 8  # random directions, as many as a byte has bits
 _LONGEST = 2**30  # a period, so that ages and what is added to them are numbers of 32 bits
 # Stands for the energy within a basis where there is no gradient; below zero it is unknown.
 NO_GRADIENT = -2.0
@@ -137,8 +138,11 @@ def check_relative_to(rule: str, value: str) -> str:
 
 
 def directions(columns: int, dtype: Any) -> jax.Array:
-    """The random directions ``(n, 8)`` by which :func:`squared_norm` sees a gradient."""
-    return jax.random.normal(jax.random.key(0), (columns, _SKETCHED), dtype)
+    """The random signs ``(n, 8)`` by which :func:`squared_norm` sees a gradient."""
+    # (From one constant byte a row, so that no step draws them again.)
+    drawn = np.frombuffer(np.random.default_rng(0).bytes(columns), np.uint8)
+    bits = jnp.asarray(drawn)[:, None] >> jnp.arange(_SKETCHED, dtype=jnp.uint8)[None]
+    return 1 - 2 * (bits & 1).astype(dtype)
 
 
 def squared_norm(
@@ -155,13 +159,14 @@ def squared_norm(
       low: ``P^T G``, ``(r, n)``.
       seen: ``G Omega``, ``(m, 8)``.
       basis: ``P``, ``(m, r)``.
-      directions: ``Omega``, ``(n, 8)``, of standard normal numbers.
+      directions: ``Omega``, ``(n, 8)``, of independent signs.
 
     References:
       Meyer et al., `Hutch++ <https://arxiv.org/abs/2010.09649>`_, 2021, whose splitting it is.
     """
     rest = seen - basis @ (low @ directions)
-    return jnp.sum(low**2) + jnp.sum(rest**2) / _SKETCHED
+    squared = lambda x: jnp.sum(x**2, axis=(-2, -1))
+    return squared(low) + squared(rest) / _SKETCHED
 
 
 def basis_of(rule: Projector, gradient: jax.Array, basis: jax.Array) -> jax.Array:
@@ -175,9 +180,10 @@ def basis_of(rule: Projector, gradient: jax.Array, basis: jax.Array) -> jax.Arra
 LAYER_AXIS = "layers of fused_backward"
 
 
-def key_of(seed: int) -> jax.Array:
-    """The random key of a seed, another one for each layer where they are initialised at once."""
-    key = jax.random.key(seed)
+def key_of(seed: int, name: str) -> jax.Array:
+    """A random key for what has this name, another one for each layer where they are initialised
+    at once."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     try:
         return jax.random.fold_in(key, jax.lax.axis_index(LAYER_AXIS))
     except NameError:  # there is no such axis around

@@ -42,6 +42,7 @@ def history_pca(
       A :class:`Projector` whose state is ``d`` of shape ``(r,)``.
 
     Raises:
+      TypeError: ``decay`` is no number, or ``first`` no :class:`Projector`.
       ValueError: ``decay`` outside of ``[0, 1)``, or unknown ``relative_to``.
 
     References:

@@ -33,6 +33,7 @@ def oja(
       A :class:`Projector` without state.
 
     Raises:
+      TypeError: ``step`` is no number, or ``first`` no :class:`Projector`.
       ValueError: ``step`` is not positive, or unknown ``relative_to``.
 
     References:

@@ -23,6 +23,7 @@ def random_projection(every: int = 200, orthonormal: bool = True) -> Projector:
       A :class:`Projector` whose state is a random key.
 
     Raises:
+      TypeError: an argument that is a count is no int.
       ValueError: ``every`` below one.
 
     Example:

@@ -33,6 +33,7 @@ def subspace_iteration(every: int = 200, power: int = 1, oversample: int = 0) ->
       A :class:`Projector` whose state is a random key.
 
     Raises:
+      TypeError: an argument that is a count is no int.
       ValueError: ``every`` or ``power`` below one, or a negative ``oversample``.
 
     References:

@@ -29,6 +29,7 @@ def svd(every: int = 200, method: str = "gram") -> Projector:
       A :class:`Projector` without state.
 
     Raises:
+      TypeError: ``every`` is no int.
       ValueError: ``every`` below one, or an unknown method.
 
     References:

@@ -1,0 +1,75 @@
+"""What a fused step refuses, with the remedy."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_subspace._fused_state import LossScale
+from optax_subspace._leaves import leaf_names
+from optax_subspace._projectors._base import check_count, check_number
+
+
+def check_clips(**clips: Any) -> None:
+    """Raises unless each is None or a positive number, which may be traced."""
+    for name, value in clips.items():
+        if not isinstance(value, Real | jax.Array | np.ndarray | None):
+            raise TypeError(f"fused_backward: {name} must be a number, got {value!r}")
+        if isinstance(value, Real) and not float(value) > 0:
+            raise ValueError(
+                f"fused_backward: {name} must be positive, got {value}: leave it out not to clip"
+            )
+
+
+def check_loss_scale(how: Any) -> None:
+    """Raises unless ``how`` is None or a :class:`LossScale` that can grow and shrink."""
+    if how is None:
+        return
+    if not isinstance(how, LossScale):
+        raise TypeError(f"fused_backward: loss_scale must be a LossScale, got {how!r}")
+    check_number("LossScale: initial", how.initial)
+    check_number("LossScale: factor", how.factor)
+    check_count("LossScale: period", how.period)
+    for name, value, least in (("initial", how.initial, 0), ("factor", how.factor, 1)):
+        if not least < value < math.inf:
+            raise ValueError(f"LossScale: {name} must be finite and above {least}, got {value}")
+
+
+def check_loss(value: Any) -> None:
+    """Raises unless what ``loss`` returned is one real number."""
+    if isinstance(value, jax.Array) and not value.shape and _is_real(value):
+        return
+    found = jax.tree.map(lambda x: f"{jnp.asarray(x).dtype}{list(jnp.shape(x))}", value)
+    raise TypeError(f"fused_backward: loss must return one real number, a mean, got {found}")
+
+
+def refuse_integers(params: Any) -> None:
+    """Raises for a parameter that has no gradient."""
+    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        if not _is_real(leaf):
+            raise TypeError(
+                f"parameter {name} has dtype {leaf.dtype} and so no gradient: close over what does "
+                "not learn, or hand it on with the batch"
+            )
+
+
+def _is_real(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def refuse_gradient_trees(state: Any) -> None:
+    """Raises for the state of a transformation that keeps gradients of all layers."""
+    kinds = {optax.MultiStepsState: "MultiSteps", optax.ApplyEvery: "apply_every"}
+    is_one = lambda x: type(x) in kinds
+    for node in filter(is_one, jax.tree.leaves(state, is_leaf=is_one)):
+        raise ValueError(
+            f"{kinds[type(node)]} keeps a whole gradient tree, which the fused backward pass is "
+            "there to avoid: accumulate in the subspace, scale_by_subspace(..., accumulate=k), or "
+            "use larger batches"
+        )
