@@ -84,33 +84,31 @@ def _within(eqn: Any, given: list[Any]) -> tuple[Held | None, list[Any] | None]:
         return found, [next(filter(None, held), None) for held in results]
     if name == "while":
         at, n = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-        carry = given[n:]
-        while True:
-            found, out = _walk(open_up(params["body_jaxpr"]), given[at:n] + carry)
-            found = found or _walk(open_up(params["cond_jaxpr"]), given[:at] + carry)[0]
-            if found is not None:
-                return found, []
-            new = [old or h for old, h in zip(carry, out, strict=True)]
-            if new == carry:
-                return None, carry
-            carry = new
+        found, carry = _settled(open_up(params["body_jaxpr"]), given[at:n], given[n:], [])
+        return found or _walk(open_up(params["cond_jaxpr"]), given[:at] + carry)[0], carry
     if name == "scan":
         first = params["num_consts"]
         last = first + params["num_carry"]
-        carry = given[first:last]
-        while True:
-            found, out = _walk(open_up(params["jaxpr"]), given[:first] + carry + given[last:])
-            if found is not None:
-                return found, []
-            new = [old or h for old, h in zip(carry, out, strict=False)]
-            if new == carry:
-                return None, carry + out[len(carry) :]
-            carry = new
+        return _settled(open_up(params["jaxpr"]), given[:first], given[first:last], given[last:])
     for key in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr"):
         program: Any = open_up(params.get(key))
         if hasattr(program, "eqns") and len(program.invars) == len(given):
             return _walk(program, given)
     return None, None
+
+
+def _settled(
+    program: Any, before: list[Any], carry: list[Any], after: list[Any]
+) -> tuple[Held | None, list[Any]]:
+    """``_walk`` of a loop's program, as often as what it carries holds more than a turn before."""
+    while True:
+        found, out = _walk(program, before + carry + after)
+        if found is not None:
+            return found, carry
+        new = [old or h for old, h in zip(carry, out, strict=False)]
+        if new == carry:
+            return None, carry + out[len(carry) :]
+        carry = new
 
 
 def along_outer_axes(probes: Any, others: Any) -> Any:

@@ -112,11 +112,9 @@ class HuggingFace:
 
     def __init__(self, text: str, end: str | None = None):
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            self._tokenizer = _without_lengths(text)
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"is no tokenizer.json ({one_line(error)[:200]})") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         # A </s> that is written in a document is text, and not its end.
         self._tokenizer.encode_special_tokens = True
         self._text = text
@@ -134,10 +132,7 @@ class HuggingFace:
     @functools.cached_property
     def _prompts(self) -> tokenizers.Tokenizer:
         # Another one, since a thread may be encoding documents with the first.
-        found = tokenizers.Tokenizer.from_str(self._text)
-        found.no_truncation()
-        found.no_padding()
-        return found
+        return _without_lengths(self._text)
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids of a document, with `end` after it."""
@@ -186,6 +181,14 @@ class Bytes:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids, without `end`; what is no UTF-8 becomes U+FFFD."""
         return bytes(int(i) for i in ids if i != self.end).decode(errors="replace")
+
+
+def _without_lengths(text: str) -> tokenizers.Tokenizer:
+    """A `tokenizer.json` that neither truncates nor pads."""
+    found = tokenizers.Tokenizer.from_str(text)
+    found.no_truncation()
+    found.no_padding()
+    return found
 
 
 def _before_a_text(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
