@@ -19,9 +19,13 @@ from optax_subspace._projectors._base import check_count, check_number
 def check_clips(**clips: Any) -> None:
     """Raises unless each is None or a positive number, which may be traced."""
     for name, value in clips.items():
-        if not isinstance(value, Real | jax.Array | np.ndarray | None):
+        if value is None:
+            continue
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        array = isinstance(value, jax.Array | np.ndarray) and not value.shape
+        if not (number or array and jnp.issubdtype(value.dtype, jnp.floating)):
             raise TypeError(f"fused_backward: {name} must be a number, got {value!r}")
-        if isinstance(value, Real) and not float(value) > 0:
+        if not isinstance(value, jax.core.Tracer) and not float(value) > 0:
             raise ValueError(
                 f"fused_backward: {name} must be positive, got {value}: leave it out not to clip"
             )
@@ -37,16 +41,23 @@ def check_loss_scale(how: Any) -> None:
     check_number("LossScale: factor", how.factor)
     check_count("LossScale: period", how.period)
     for name, value, least in (("initial", how.initial, 0), ("factor", how.factor, 1)):
-        if not least < value < math.inf:
-            raise ValueError(f"LossScale: {name} must be finite and above {least}, got {value}")
+        with np.errstate(over="ignore"):
+            single = np.float32(value)
+        if not least < single < math.inf:
+            raise ValueError(
+                f"LossScale: {name} must be finite and above {least} in float32, got {value}"
+            )
 
 
 def check_loss(value: Any) -> None:
     """Raises unless what ``loss`` returned is one real number."""
     if isinstance(value, jax.Array) and not value.shape and _is_real(value):
         return
-    found = jax.tree.map(lambda x: f"{jnp.asarray(x).dtype}{list(jnp.shape(x))}", value)
-    raise TypeError(f"fused_backward: loss must return one real number, a mean, got {found}")
+    shape = lambda x: f"{jnp.asarray(x).dtype}{list(jnp.shape(x))}"
+    found = jax.tree.map(lambda x: shape(x) if isinstance(x, jax.Array) else repr(x), value)
+    raise TypeError(
+        f"fused_backward: loss must return one real number, the mean as a JAX array, got {found}"
+    )
 
 
 def refuse_integers(params: Any) -> None:

@@ -254,7 +254,7 @@ def test_finite_gradients_whose_squares_overflow_are_no_overflow(clip_norm):
 
 @pytest.mark.parametrize("name", ["clip_norm", "clip_layer_norm", "clip_value"])
 def test_numbers_to_clip_to_are_positive(name):
-    for value in (0, -1.0, np.float32(0), float("nan")):
+    for value in (0, -1.0, np.float32(0), float("nan"), jnp.float32(-1), np.zeros([])):
         with pytest.raises(ValueError, match=f"{name} must be positive, got {value}: leave it out"):
             osub.fused_backward(*MODEL, optax.sgd(0.1), **{name: value})
     osub.fused_backward(*MODEL, optax.sgd(0.1), **{name: jnp.float32(1)})
@@ -316,7 +316,9 @@ def test_a_loss_scale_stays_finite_and_falls_after_an_overflow():
     ("loss_scale", "said"),
     [
         (1024.0, "must be a LossScale, got 1024"),
-        (osub.LossScale(float("nan")), "initial must be finite and above 0, got nan"),
+        (osub.LossScale(float("nan")), "initial must be finite and above 0 in float32, got nan"),
+        (osub.LossScale(1e39), "initial must be finite and above 0 in float32, got 1e[+]39"),
+        (osub.LossScale(1e-50), "initial must be finite and above 0"),
         (osub.LossScale(factor=1.0), "factor must be finite and above 1"),
         (osub.LossScale(period=0), "period must be at least 1"),
     ],
@@ -420,8 +422,10 @@ def test_parameters_and_losses_that_have_no_gradient_are_refused():
     ):
         fused = osub.fused_backward(embed, block, wrong, optax.sgd(0.1))
         with pytest.raises(
-            TypeError, match="loss must return one real number, a mean, got.*" + said
+            TypeError,
+            match="loss must return one real number, the mean as a JAX array, got.*" + said,
         ):
             fused.step(params, fused.init(params), batch_in())
-    with pytest.raises(TypeError, match="clip_norm must be a number, got '1'"):
-        osub.fused_backward(*MODEL, optax.sgd(0.1), clip_norm="1")
+    for value in ("1", True, jnp.ones(2), jnp.array(True), 1j):
+        with pytest.raises(TypeError, match="clip_norm must be a number, got "):
+            osub.fused_backward(*MODEL, optax.sgd(0.1), clip_norm=value)
