@@ -33,13 +33,18 @@ def check_leaves_apart(tx: optax.GradientTransformation, params: Any, remedy: st
     """
     tx = optax.with_extra_args_support(tx)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    made, state = jax.make_jaxpr(lambda p: tx.init(p), return_shape=True)(params)
+    unfit = "the transformation can't be used with plain gradients and weights"
+    try:
+        made, state = jax.make_jaxpr(lambda p: tx.init(p), return_shape=True)(params)
+    except AttributeError as error:
+        raise ValueError(f"{unfit} ({error}); {remedy}") from error
     try:
         traced = jax.make_jaxpr(lambda g, p, s: tx.update(g, s, p))(params, params, state)
-    except TypeError as error:
+    except (TypeError, ValueError, AttributeError) as error:
         if missing := _missing(error):
             raise missing from None
-        raise
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{unfit} alone ({said}); {remedy}") from error
     count = len(jax.tree.leaves(params))
     own = [frozenset([i]) for i in range(count)]
     at_first: list[tuple[_Leaves, JaxprEqn]] = []
@@ -64,7 +69,7 @@ def check_leaves_apart(tx: optax.GradientTransformation, params: Any, remedy: st
             )
 
 
-def _missing(error: TypeError) -> ValueError | None:
+def _missing(error: Exception) -> ValueError | None:
     """What it means that an update misses an argument, if that is the error."""
     pattern = r"(\S+?)(?:\.<locals>\S*)?\(\) missing \d+ required keyword-only arguments?: (.*)"
     found = re.search(pattern, str(error))

@@ -165,8 +165,10 @@ def test_leaves_that_are_mixed_at_the_beginning_are_found(tx, name):
         (optax.contrib.reduce_on_plateau(), "reduce_on_plateau needs 'value' .*plain step"),
         (optax.polyak_sgd(), "scale_by_polyak needs 'value'"),
         (optax.lbfgs(), "scale_by_zoom_linesearch needs 'value', 'grad'"),
+        (optax.contrib.sophia(0.1), "weights alone .obj_fn must be provided .*use a plain step"),
+        (optax.lookahead(optax.sgd(0.1), 5, 0.5), "plain gradients and weights .* a plain step"),
     ],
-    ids=["plateau", "polyak", "lbfgs"],
+    ids=["plateau", "polyak", "lbfgs", "sophia", "lookahead"],
 )
 def test_what_needs_more_than_gradients_is_refused(tx, message):
     with pytest.raises(ValueError, match=message):
@@ -365,6 +367,17 @@ def test_an_overflow_in_one_part_alone_skips_the_step(part, clip_value):
     chex.assert_trees_all_equal((new.layers, new.rest), (state.layers, state.rest))
 
 
+@pytest.mark.parametrize("clip", ["clip_norm", "clip_layer_norm", "clip_value"])
+def test_clips_are_those_of_gradients_without_their_scale(clip):
+    limit = 0.01 if clip == "clip_value" else 0.1
+    scaled, _, found = run(optax.sgd(1.0), 1, loss_scale=osub.LossScale(64.0), **{clip: limit})
+    plain, _, expected = run(optax.sgd(1.0), 1, grad_norm=True, **{clip: limit})
+    whole, _, _ = run(optax.sgd(1.0), 1)
+    chex.assert_trees_all_close(scaled, plain, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found.grad_norm, expected.grad_norm, rtol=1e-6)
+    assert jnp.any(jnp.abs(whole["layers"]["w"] - plain["layers"]["w"]) > 1e-3), "it does clip"
+
+
 def test_steps_without_overflow_are_counted_until_the_scale_grows():
     fused = osub.fused_backward(*MODEL, optax.sgd(0.1), loss_scale=osub.LossScale(8.0, period=3))
     params, step, seen = params_in(), jax.jit(fused.step), []
@@ -416,9 +429,13 @@ def test_parameters_and_losses_that_have_no_gradient_are_refused():
     counted = {**params, "layers": {**params["layers"], "count": jnp.zeros(3, jnp.int32)}}
     with pytest.raises(TypeError, match="parameter layers/count has dtype int32 and so no gradien"):
         osub.fused_backward(*MODEL, optax.sgd(0.1)).init(counted)
+    waves = {**params, "wave": jnp.ones(3, jnp.complex64)}
+    with pytest.raises(TypeError, match="parameter wave has dtype complex64"):
+        osub.fused_backward(*MODEL, optax.sgd(0.1)).init(waves)
     for wrong, said in (
         (lambda *a: (loss(*a), {"aux": jnp.ones(2)}), r"float32\[\].*float32\[2\]"),
         (lambda *a: loss(*a)[None], r"float32\[1\]"),
+        (lambda *a: loss(*a) + 0j, r"complex64\[\]"),
     ):
         fused = osub.fused_backward(embed, block, wrong, optax.sgd(0.1))
         with pytest.raises(
