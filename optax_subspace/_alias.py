@@ -254,11 +254,17 @@ def finished(
         return optax.GradientTransformationExtraArgs(tx.init, scaled_inside)
 
     def update_fn(updates, state, params=None, **extra_args):
-        updates, new = tx.update(updates, state, params, **extra_args)
-        before, now = state[0].projection.skipped, new[0].projection.skipped
+        updates, first = subspace.update(updates, state[0], params, **extra_args)
+        if accumulate > 1 and params is not None:
+            # Decay would give those of the last micro-batch another dtype than the others.
+            both = lambda u, p: u.astype(jnp.result_type(u, p))
+            updates = jax.tree.map(both, updates, params)
+        updates, rest = after.update(updates, state[1], params, **extra_args)
+        before, now = state[0].projection.skipped, first.projection.skipped
         structure: Any = jax.tree.structure(updates)
         stays = lambda name, u: jnp.where(now[name] > before[name], 0, u)
-        return structure.unflatten(map(stays, leaf_names(updates), jax.tree.leaves(updates))), new
+        leaves = map(stays, leaf_names(updates), jax.tree.leaves(updates))
+        return structure.unflatten(leaves), (first, rest)
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 

@@ -23,7 +23,7 @@ from optax_subspace._leaves import (
 )
 from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projected import SourceBasis, found_at_source, is_projected
-from optax_subspace._projection import compute_dtype, in_turn, magnitude, project, to_matrices
+from optax_subspace._projection import all_finite, compute_dtype, in_turn, project, to_matrices
 from optax_subspace._projection_state import (
     LeafBasis,
     ProjectionState,
@@ -225,8 +225,7 @@ class Subspace:
                 total = total.astype(state.accumulated[plan.path].dtype)
                 accumulated[plan.path] = jnp.where(last, 0, total)
                 low = total / self.accumulate
-            size = magnitude(low, None if old is None else (-2, -1))
-            finite = jnp.all(size < jnp.inf)
+            finite = all_finite(low)
             used = finite if last is None else finite & last
             ended = True if last is None else last
             skipped[plan.path] = state.skipped[plan.path] + (ended & ~finite).astype(jnp.int32)
@@ -242,7 +241,7 @@ class Subspace:
             if old is not None:
                 handed_on.bases, handed_on.before = basis.bases, before
                 # A slice without any gradient yet has no basis yet.
-                begun = used & ((old.age > 0) | (size > 0))
+                begun = used & ((old.age > 0) | jnp.any(low != 0, axis=(-2, -1)))
                 basis = basis._replace(age=old.age + begun.astype(jnp.int32))
                 moves = begun & (old.age > 0) & (basis.refreshes == old.refreshes)
                 leaves[plan.path], handed_on.after = self._follow_leaf(

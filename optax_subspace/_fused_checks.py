@@ -65,13 +65,13 @@ def refuse_integers(params: Any) -> None:
     for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
         if not _is_real(leaf):
             raise TypeError(
-                f"parameter {name} has dtype {leaf.dtype} and so no gradient: close over what does "
-                "not learn, or hand it on with the batch"
+                f"parameter {name} has dtype {leaf.dtype}: only real floating-point parameters of "
+                "at least 16 bits learn; close over others, or hand them on with the batch"
             )
 
 
 def _is_real(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 16
 
 
 def refuse_gradient_trees(state: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -92,7 +93,8 @@ class MatrixSpec:
             axes = getattr(self, field)
             if axes is None:
                 continue
-            if not isinstance(axes, int | np.integer | Sequence) or isinstance(axes, str):
+            whole = isinstance(axes, Sequence) and not isinstance(axes, str)
+            if not all(isinstance(a, int | np.integer) for a in (axes if whole else (axes,))):
                 raise TypeError(f"MatrixSpec: {field} must be an axis or axes, got {axes!r}")
         if self.rank is not None:
             check_count("rank", self.rank)
@@ -102,7 +104,8 @@ class MatrixSpec:
             raise ValueError(
                 f"MatrixSpec: square_side must be left or right, got {self.square_side!r}"
             )
-        check_scale("MatrixSpec: scale", self.scale)
+        if self.scale is not None:
+            check_scale("MatrixSpec: scale", self.scale)
         for devices in _as_tuple(self.batch_split):
             check_count("batch_split", devices)
 
@@ -190,8 +193,12 @@ def is_own_name(path: str) -> bool:
 
 
 def check_scale(name: str, scale: Any) -> None:
-    """Raises for what can be neither a number nor a schedule."""
-    if isinstance(scale, str | bytes | bool | Sequence):
+    """Raises unless ``scale`` is a real number, which may be traced, or a schedule."""
+    number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+    if isinstance(scale, jax.Array | np.ndarray | np.generic) and not scale.shape:
+        number = jnp.issubdtype(scale.dtype, jnp.floating)
+        number |= jnp.issubdtype(scale.dtype, jnp.integer)
+    if not (number or callable(scale)):
         raise TypeError(f"{name} must be a number or a schedule, got {scale!r}")
 
 
@@ -303,13 +310,11 @@ def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
     if math.prod(shape) == 0:
         return LeafPlan(path, shape, dtype, "empty")
     sides = _sides(override.side or side, m, n, override.square_side)
-    scale = override.scale
     if rank >= min(m, n):
         reason = f"rank {rank} >= min({m}, {n})"
         if sides != ("auto",):
             return LeafPlan(path, shape, dtype, reason)
-        # Such a subspace holds the whole gradient: no less is learned than without projection.
-        rank, scale = min(m, n), 1.0 if scale is None else scale
+        rank = min(m, n)
     return LeafPlan(
         path,
         shape,
@@ -320,7 +325,7 @@ def _plan_matrix(path, shape, dtype, spec, rank, side, reason) -> LeafPlan:
         batch=batch,
         reduction=reduction,
         output=output,
-        scale=scale,
+        scale=override.scale,
         projector=override.projector,
         batch_split=split,
     )

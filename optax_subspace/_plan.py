@@ -42,8 +42,8 @@ def plan(
     (``re.search``); a spec of ``None`` leaves the leaf alone. A leaf that no rule matches is
     projected if it has two dimensions and is not an embedding or an output head by its name.
     Leaves with ``rank >= min(m, n)`` are left alone, where only a basis on a side that is more than
-    twice the other could save anything; ``auto`` takes that one, with a ``scale`` of 1 unless the
-    rule gives another, since it holds the whole gradient.
+    twice the other could save anything; ``auto`` takes that one, which holds all of the gradient
+    that it was made of, and a part of later ones as any basis.
 
     Args:
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
@@ -125,7 +125,7 @@ def _with_fewest_bytes(
 def _decided(plan: LeafPlan, sides: tuple[str, ...]) -> LeafPlan:
     if sides:
         whole = plan.rank == min(plan.matrix_shape)
-        reason = f"{plan.reason}, fewer bytes in a basis of all of it" if whole else plan.reason
+        reason = f"{plan.reason}, the fewest bytes all the same" if whole else plan.reason
         return dataclasses.replace(plan, sides=sides, reason=reason)
     return LeafPlan(plan.path, plan.shape, plan.dtype, plan.reason)
 

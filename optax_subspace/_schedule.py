@@ -52,7 +52,7 @@ def next_period(
 ) -> jax.Array:
     """The period after a new basis, in units of ``rule.every``: see :func:`adaptive_period`."""
     if rule.cosine is None:
-        return period
+        return jnp.ones_like(period)  # which that of a state from an adaptive run need not be
     still = ~initial & (overlap >= rule.cosine**2)
     return jnp.where(still, jnp.minimum(2 * period, rule.longest), 1)
 

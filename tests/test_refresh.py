@@ -56,6 +56,25 @@ def test_a_run_that_goes_on_with_a_shorter_period_stays_staggered():
     assert np.all(changes.sum(axis=0) >= 2)
 
 
+@pytest.mark.parametrize("stagger", [False, True])
+def test_a_run_that_goes_on_without_an_adaptive_period_has_its_own(stagger):
+    params = leaves("tall", "wide", "stack")
+    make = lambda rule: osub.scale_by_subspace(
+        optax.scale_by_adam(), rank=4, projector=rule, rules=STACK, stagger=stagger
+    )
+    tx = make(osub.adaptive_period(osub.svd(5), longest=8, cosine=0.1))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(21):
+        _, state = update(params, state)
+    assert all(np.all(leaf.period > 1) for leaf in state.projection.leaves.values())
+    update, counts = jax.jit(make(osub.svd(5)).update), []
+    for _ in range(26):
+        _, state = update(params, state)
+        counts.append(np.concatenate([c.ravel() for c in refreshes(state).values()]))
+    times = [np.flatnonzero(change) for change in np.diff(np.stack(counts), axis=0).T]
+    assert all(len(found) >= 4 and np.all(np.diff(found) == 5) for found in times)
+
+
 def test_without_stagger_all_refresh_at_once():
     params = leaves("tall", "stack")
     tx = osub.scale_by_subspace(
@@ -231,6 +250,22 @@ def test_accumulation_in_an_alias_decays_and_schedules_once_a_step():
         updates, big = one.update(trees.grads(params, step), big, q)
         q = optax.apply_updates(q, updates)
     chex.assert_trees_all_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("alias", [osub.galore, osub.online_subspace_descent])
+def test_micro_batches_of_another_dtype_than_the_weights_decay_too(alias):
+    params = {"w": trees.params()["tall"], "b": jnp.ones(12)}
+    tx = alias(0.1, rank=4, accumulate=2, weight_decay=0.1)
+    update, both = jax.jit(tx.update), []
+    for dtype in ("float32", "bfloat16"):
+        state = tx.init(params)
+        for step in range(4):
+            gradients = jax.tree.map(lambda g: g.astype("bfloat16"), trees.grads(params, step))
+            gradients = jax.tree.map(lambda g, dtype=dtype: g.astype(dtype), gradients)
+            updates, state = update(gradients, state, params)
+        both.append(updates)
+    chex.assert_trees_all_close(*both, rtol=1e-2, atol=1e-4)
+    assert np.any(both[0]["w"])
 
 
 def test_a_bad_micro_batch_skips_its_leaf_for_the_step():

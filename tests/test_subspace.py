@@ -109,6 +109,37 @@ def test_a_gradient_that_is_not_finite_changes_nothing_of_its_leaf():
     )
 
 
+@pytest.mark.parametrize("shape", [(64, 96), (512, 96), (3, 64, 96)])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_gradient_of_many_entries_is_skipped_for_any_of_them(shape, bad):
+    """Of sizes at which XLA vectorises what looks at all entries."""
+    tx = osub.galore(0.1, 64 if shape == (64, 96) else 16, rules=[("w", osub.MatrixSpec(-2, -1))])
+    params = {"w": jnp.cos(jnp.arange(float(np.prod(shape)))).reshape(shape)}
+    update = jax.jit(tx.update)
+    _, state = update(params, tx.init(params), params)
+    for spoiled in (params["w"].at[..., 3, 5].set(bad), jnp.full(shape, bad)):
+        updates, after = update({"w": spoiled}, state, params)
+        assert not np.any(updates["w"])
+        chex.assert_trees_all_equal(after[0].inner.mu, state[0].inner.mu)
+        assert int(after[0].projection.skipped["w"]) == 1
+
+
+def test_an_inner_update_of_many_entries_that_is_not_finite_keeps_the_state():
+    inner = optax.chain(optax.trace(0.9), optax.stateless(lambda g, _: jax.tree.map(spoil, g)))
+    tx = osub.scale_by_subspace(inner, rank=32)
+    params = {"w": jnp.cos(jnp.arange(512.0 * 96)).reshape(512, 96)}
+    update, state = jax.jit(tx.update), tx.init(params)
+    updates, state = update(params, state)
+    after = update({"w": 100 * params["w"]}, state)[1]
+    assert np.all(np.isfinite(updates["w"])) and np.any(state.inner[0].trace["w"])
+    np.testing.assert_array_equal(after.inner[0].trace["w"], state.inner[0].trace["w"])
+
+
+def spoil(x):
+    """One entry is no number where there are large ones."""
+    return x.at[3, 5].set(jnp.where(jnp.sum(x**2) > 1e6, jnp.nan, x[3, 5]))
+
+
 def test_a_counter_of_a_chain_as_long_as_the_parameters_belongs_to_no_leaf():
     """So that what one leaf skips, the other does not."""
     w, b = jnp.ones((12, 8)), jnp.ones(8)
@@ -459,8 +490,13 @@ def test_errors_of_the_factory_and_of_foreign_states():
         osub.scale_by_subspace(adam, projector=osub.svd(1)._replace(follow=osub.oja().follow))
     with pytest.raises(TypeError, match="scale must be a number or a schedule, got 'x'"):
         osub.galore(0.1, scale="x")
-    with pytest.raises(TypeError, match="learning_rate must be a number or a schedule, got 'x'"):
-        osub.galore("x")
+    for value in ("x", None, 1j, {}, jnp.ones(2), True):
+        with pytest.raises(TypeError, match="learning_rate must be a number or a schedule, got"):
+            osub.galore(value)
+        with pytest.raises(TypeError, match="scale must be a number or a schedule, got"):
+            osub.galore(0.1, scale=value)
+    with pytest.raises(TypeError, match="reduction_axis must be an axis or axes, got .0.0,."):
+        osub.MatrixSpec((0.0,), (1.0,))
     for alias in (osub.galore, osub.online_subspace_descent, osub.lomo):
         with pytest.raises(TypeError, match="weight_decay must be a number or a schedule, got '1'"):
             alias(0.1, weight_decay="1")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import numbers
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -183,7 +183,8 @@ LAYER_AXIS = "layers of fused_backward"
 def key_of(seed: int, name: str) -> jax.Array:
     """A random key for what has this name, another one for each layer where they are initialised
     at once."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    number = int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest())
+    key = jax.random.fold_in(jax.random.key(seed), number)
     try:
         return jax.random.fold_in(key, jax.lax.axis_index(LAYER_AXIS))
     except NameError:  # there is no such axis around

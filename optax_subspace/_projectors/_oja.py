@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from optax_subspace._projectors._base import (
     Projector,
     basis_of,
@@ -34,7 +36,7 @@ def oja(
 
     Raises:
       TypeError: ``step`` is no number, or ``first`` no :class:`Projector`.
-      ValueError: ``step`` is not positive, or unknown ``relative_to``.
+      ValueError: ``step`` is not positive and finite, or unknown ``relative_to``.
 
     References:
       Oja, Simplified neuron model as a principal component analyzer, 1982, equation 3.
@@ -46,8 +48,8 @@ def oja(
       [0.1, 1.0, 0.0]
     """
     check_number("oja: step", step)
-    if not step > 0:
-        raise ValueError(f"oja: step must be positive, got {step}")
+    if not 0 < step < math.inf:
+        raise ValueError(f"oja: step must be positive and finite, got {step}")
 
     def follow(product, basis, state):
         return positive_qr(basis + step * product)[0], state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import optax
 
@@ -58,7 +60,7 @@ def online_pca(
     Raises:
       TypeError: ``orthogonality`` is no number, ``optimizer`` no transformation, or ``first`` no
         :class:`Projector`.
-      ValueError: negative ``orthogonality``, or unknown ``relative_to``.
+      ValueError: negative or infinite ``orthogonality``, or unknown ``relative_to``.
 
     References:
       Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024.
@@ -77,8 +79,10 @@ def online_pca(
     """
     if orthogonality is not None:
         check_number("online_pca: orthogonality", orthogonality)
-        if not orthogonality >= 0:
-            raise ValueError(f"online_pca: orthogonality must not be negative, got {orthogonality}")
+        if not 0 <= orthogonality < math.inf:
+            raise ValueError(
+                f"online_pca: orthogonality must be finite and not negative, got {orthogonality}"
+            )
     optimizer = optax.adam(0.06, eps=1e-7) if optimizer is None else optimizer
     transformation("online_pca: optimizer", optimizer)
 
