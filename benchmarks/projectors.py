@@ -3,6 +3,7 @@
 The gradient has singular values 1/i. Rules that start from a basis get that of a gradient before,
 whose singular vectors were turned by a tenth. Rules that follow need two products of the gradient;
 the second row leaves the first of them out, since a training step has it: it is the projection.
+(At one step of ten such a rule's drift is measured besides, which is not timed here.)
 """
 
 import argparse
@@ -63,7 +64,7 @@ def one_update(
         moves = jnp.array(True)
         plan = osub.plan(gradient, rank=basis.shape[1], side="left")[0]
         follow = lambda g, p, s, c: (
-            _refresh.follow(rule, plan, moves, g, "left", c, p, s, False).basis
+            _refresh.follow(rule, plan, moves, g, "left", c, p, s, False, ~moves).basis
         )
         if within:
             known = jax.jit(follow)

@@ -42,7 +42,14 @@ from optax_subspace._refresh import (
     joined,
     refresh,
 )
-from optax_subspace._schedule import due_if_lost, next_due, next_period, offsets, steps_early
+from optax_subspace._schedule import (
+    LOOK_EVERY,
+    due_if_lost,
+    next_due,
+    next_period,
+    offsets,
+    steps_early,
+)
 from optax_subspace._varying import varying_as
 
 MOMENTS = ("keep", "project", "reset")
@@ -343,16 +350,22 @@ class Subspace:
         if rule.follow is None:
             return basis, None
         rotate, sides = self.moments == "project", []
+        # A product of its own, but for moments that are turned by it.
+        measured = jnp.full_like(moves, True) if rotate else basis.age % LOOK_EVERY == 0
         for i, (side, old, state) in enumerate(
             zip(plan.sides, basis.bases, basis.rule, strict=True)
         ):
             if products is not None:
                 product, energy = products[i]
-                sides.append(follow_product(rule, plan, moves, product, energy, old, state, rotate))
+                sides.append(
+                    follow_product(rule, plan, moves, product, energy, old, state, rotate, measured)
+                )
                 continue
             alone = dataclasses.replace(plan, sides=(side,))
             coordinates = low if plan.sides == (side,) else project(matrices, (old,), alone)
-            sides.append(follow(rule, plan, moves, matrices, side, coordinates, old, state, rotate))
+            sides.append(
+                follow(rule, plan, moves, matrices, side, coordinates, old, state, rotate, measured)
+            )
         done, overlap, turn = joined(sides)
         # A rule that sees the gradient through its basis alone can't find one that has left it:
         # such a leaf begins anew before long. (One of zeros has not left.)
@@ -360,6 +373,6 @@ class Subspace:
             bases=tuple(s.basis for s in sides),
             rule=tuple(s.rule for s in sides),
             due=due_if_lost(basis.age, basis.due, [s.energy for s in sides], plan.basis_shapes),
-            drift=jnp.where(done, 1 - overlap, basis.drift),
+            drift=jnp.where(done & measured, 1 - overlap, basis.drift),
         )
         return followed, turn if rotate else None

@@ -22,7 +22,8 @@ class SubspaceMetrics(NamedTuple):
       captured_energy: float32 ``(*batch,)``, the part of the gradient's squared Frobenius norm
         within the span of the basis, in [0, 1]; 0 for a gradient of zeros or without a basis.
       drift: float32 ``(*batch,)``, one minus the mean squared cosine of the principal angles
-        between the last two bases; 0 if the subspace stood still.
+        between the last two bases; 0 if the subspace stood still. (That of a rule that follows is
+        measured at every tenth gradient of a leaf, unless moments are turned.)
       refreshes: int32 ``(*batch,)``, how often the projector's ``update`` gave a basis.
       skipped: int32 scalar, how often the leaf's gradient was not finite.
     """

@@ -24,7 +24,8 @@ class LeafBasis(NamedTuple):
       period: int32 ``(*batch,)``, steps between updates in units of the projector's ``every``.
       refreshes: int32 ``(*batch,)``, how often ``update`` has given a new basis.
       drift: float32 ``(*batch,)``, one minus the mean squared cosine of the principal angles
-        between the last two bases; zero before there are two.
+        between the last two bases; zero before there are two. That of a rule that follows is
+        measured at ages that ten divides, unless moments are turned.
     """
 
     bases: tuple[Any, ...]

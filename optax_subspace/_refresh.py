@@ -55,7 +55,7 @@ class Refreshed(NamedTuple):
       rule: the rule's state.
       done: boolean ``(*batch,)``, the slices that have a new basis.
       overlap: float32 ``(*batch,)``, mean squared cosine of the principal angles between the old
-        and the new basis, where ``done``.
+        and the new basis, where ``done`` and measured.
       energy: float32 ``(*batch,)``, the share of the gradient within the old basis, where a rule
         that follows has moved it; ``NO_GRADIENT`` for one of zeros.
       rotation: ``P'^T P`` of shape ``(*batch, r, r)``, what the coordinates of the old basis are
@@ -180,7 +180,7 @@ def refresh(
         # The branch keeps XLA from computing, ahead of the loop and so on every step, whatever the
         # rule needs of a gradient that is the only slice of its leaf.
         new = lambda: checked(rule.update, scaled(), *old, name=plan.path)
-        return jax.lax.cond(due, new, lambda: old), True, 1.0
+        return jax.lax.cond(due, new, lambda: old), True, 1.0, True
 
     return in_slices(plan, due, update, (due, matrices), (basis, state), rotate)
 
@@ -195,8 +195,10 @@ def follow(
     basis: Any,
     state: Any,
     rotate: bool,
+    measured: jax.Array,
 ) -> Refreshed:
-    """One step of ``rule.follow`` in those slices of ``(*batch, m, n)`` that move.
+    """One step of ``rule.follow`` in those slices of ``(*batch, m, n)`` that move, and how far they
+    did where that is ``measured`` (*batch,).
 
     ``coordinates`` are the gradient's in ``basis``: ``P^T G`` ``(*batch, r, n)`` on the left side,
     ``G Q`` ``(*batch, m, r)`` on the right.
@@ -217,7 +219,7 @@ def follow(
         norms = squared_norm(turn(coordinates), seen, bases, seen_by)
 
     def move(arrays, old):
-        matrix, low, scale, squared = arrays
+        measure, matrix, low, scale, squared = arrays
         matrix, low = turn(matrix), turn(low)
         product = matrix @ low.T / jnp.where(squared > 0, squared, 1) / scale
         new = checked(step, product, *old, name=plan.path)
@@ -228,9 +230,10 @@ def follow(
         unseen = lambda: varying_as(jnp.zeros([], bool), matrix)
         nothing = jax.lax.cond(jnp.all(low == 0), look, unseen)
         energy = jnp.where(nothing, NO_GRADIENT, energy)
-        return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
+        new = jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old)
+        return new, moved, energy, measure
 
-    arrays = matrices, coordinates, scales, norms
+    arrays = measured, matrices, coordinates, scales, norms
     return in_slices(plan, moves, move, arrays, (basis, state), rotate)
 
 
@@ -243,6 +246,7 @@ def follow_product(
     basis: Any,
     state: Any,
     rotate: bool,
+    measured: jax.Array,
 ) -> Refreshed:
     """As :func:`follow`, with the ``product`` ``(*batch, m, r)`` and the share of the gradient
     within the basis that the source gave; the latter is negative where none is in the basis."""
@@ -250,11 +254,12 @@ def follow_product(
     step = rule.follow
 
     def move(arrays, old):
-        energy, product = arrays
+        measure, energy, product = arrays
         new, moved = checked(step, product, *old, name=plan.path), energy >= 0
-        return jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old), moved, energy
+        new = jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old)
+        return new, moved, energy, measure
 
-    return in_slices(plan, moves, move, (energy, product), (basis, state), rotate)
+    return in_slices(plan, moves, move, (measured, energy, product), (basis, state), rotate)
 
 
 def adopt(
@@ -270,7 +275,7 @@ def adopt(
 
     def take(arrays, old):
         state, basis = arrays
-        return checked(lambda new, *_: (new, state), basis, *old), True, 1.0
+        return checked(lambda new, *_: (new, state), basis, *old), True, 1.0, True
 
     return in_slices(plan, done, take, (found_state, found), (basis, state), rotate)
 
@@ -287,7 +292,8 @@ def in_slices(
     Args:
       plan: the leaf's.
       due: boolean ``(*batch,)``.
-      rule: ``(arrays, (basis, state)) -> ((basis, state), done, energy)`` of one slice.
+      rule: ``(arrays, (basis, state)) -> ((basis, state), done, energy, measure)`` of one slice;
+        the last tells whether the overlap is wanted, which comes with rotations in any case.
       arrays: what the rule reads.
       old: basis and rule state before.
       rotate: whether the rotations are wanted.
@@ -301,10 +307,16 @@ def in_slices(
             take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
             put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
             before = jax.tree.map(take, (carry.basis, carry.rule))
-            after, done, energy = rule(jax.tree.map(take, arrays), before)
+            after, done, energy, measure = rule(jax.tree.map(take, arrays), before)
             energy = jnp.asarray(energy, jnp.float32)
-            rotation, overlap = compare(dequantize(after[0]), dequantize(before[0]))
-            turned = rotation.astype(dtype) if rotate else None
+            bases = dequantize(after[0]), dequantize(before[0])
+            turned = None
+            if rotate:
+                rotation, overlap = compare(*bases)
+                turned = rotation.astype(dtype)
+            else:
+                unknown = lambda *bases: varying_as(jnp.zeros([], jnp.float32), bases)
+                overlap = jax.lax.cond(measure, lambda *b: compare(*b)[1], unknown, *bases)
             new = Refreshed(after[0], after[1], done, overlap, energy, turned)
             return jax.tree.map(put, carry, new)
 

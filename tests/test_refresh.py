@@ -252,6 +252,25 @@ def test_accumulation_in_an_alias_decays_and_schedules_once_a_step():
     chex.assert_trees_all_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("moments", ["keep", "project"])
+def test_the_drift_of_a_rule_that_follows(moments):
+    """That between the last two bases; at every tenth step where nothing else needs it."""
+    params = leaves("tall")
+    tx = osub.scale_by_subspace(
+        optax.scale_by_adam(), rank=4, projector=osub.oja(), moments=moments
+    )
+    state, update, before, held = tx.init(params), jax.jit(tx.update), None, 0.0
+    for step in range(1, 22):
+        _, state = update(trees.grads(params, 0.3 * step), state)
+        leaf = state.projection.leaves["tall"]
+        now = np.asarray(leaf.bases[0], np.float64)
+        if step > 1 and (moments == "project" or step % LOOK_EVERY == 0):
+            held = 1 - np.sum((now.T @ before) ** 2) / 4
+            assert held > 1e-4
+        np.testing.assert_allclose(leaf.drift, held, rtol=1e-3, atol=1e-5)
+        before = now
+
+
 @pytest.mark.parametrize("alias", [osub.galore, osub.online_subspace_descent])
 def test_micro_batches_of_another_dtype_than_the_weights_decay_too(alias):
     params = {"w": trees.params()["tall"], "b": jnp.ones(12)}
