@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 
 from optax_subspace._fused_state import LossScale
-from optax_subspace._leaves import leaf_names
+from optax_subspace._leaves import is_number, leaf_names
 from optax_subspace._projectors._base import check_count, check_number
 
 
@@ -21,9 +20,7 @@ def check_clips(**clips: Any) -> None:
     for name, value in clips.items():
         if value is None:
             continue
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        array = isinstance(value, jax.Array | np.ndarray) and not value.shape
-        if not (number or array and jnp.issubdtype(value.dtype, jnp.floating)):
+        if not is_number(value):
             raise TypeError(f"fused_backward: {name} must be a number, got {value!r}")
         if not isinstance(value, jax.core.Tracer) and not float(value) > 0:
             raise ValueError(

@@ -192,13 +192,22 @@ def is_own_name(path: str) -> bool:
     return EMBEDDING_OR_HEAD.search("/".join(path.split("/")[-2:])) is not None
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is one real number, which may be traced.
+
+    Example:
+      >>> is_number(1), is_number(True), is_number(jnp.float32(1)), is_number(jnp.ones(2))
+      (True, False, True, False)
+    """
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        kinds = (jnp.floating, jnp.integer)
+        return not value.shape and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_scale(name: str, scale: Any) -> None:
     """Raises unless ``scale`` is a real number, which may be traced, or a schedule."""
-    number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
-    if isinstance(scale, jax.Array | np.ndarray | np.generic) and not scale.shape:
-        number = jnp.issubdtype(scale.dtype, jnp.floating)
-        number |= jnp.issubdtype(scale.dtype, jnp.integer)
-    if not (number or callable(scale)):
+    if not (is_number(scale) or callable(scale)):
         raise TypeError(f"{name} must be a number or a schedule, got {scale!r}")
 
 

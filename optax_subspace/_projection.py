@@ -28,7 +28,7 @@ def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     return jnp.maximum(found, jnp.finfo(x.dtype).tiny)
 
 
-def all_finite(x: jax.Array) -> jax.Array:
+def is_finite(x: jax.Array) -> jax.Array:
     """Whether all entries are, by one sum: XLA would write out a test of each.
 
     (Not by a largest one, in which XLA:CPU loses what is no number.)
