@@ -101,8 +101,9 @@ def track(
             lambda: (basis, state),
         )
         if rule.follow is not None:
+            moves = t % every != 0
             followed = _refresh.follow(
-                rule, plan, t % every != 0, gradient, "left", new[0].T @ gradient, *new, False
+                rule, plan, moves, gradient, "left", new[0].T @ gradient, *new, False, ~moves
             )
             new = followed.basis, followed.rule
         span = jnp.linalg.qr(new[0])[0]
