@@ -241,7 +241,9 @@ def finished(
     if accumulate > 1:
         is_last = lambda step, **_: step % accumulate == accumulate - 1
         after = optax.transforms.conditionally_mask(after, is_last)
-    tx = optax.chain(subspace, after)
+
+    def init_fn(params):
+        return subspace.init(params), after.init(params)
 
     def scaled_inside(updates, state, params=None, *, step_size=1.0, **extra_args):
         rate, rest = after.update(jnp.ones([]), state[1])
@@ -251,7 +253,7 @@ def finished(
         return updates, (first, rest)
 
     if not decays(weight_decay):
-        return optax.GradientTransformationExtraArgs(tx.init, scaled_inside)
+        return optax.GradientTransformationExtraArgs(init_fn, scaled_inside)
 
     def update_fn(updates, state, params=None, **extra_args):
         updates, first = subspace.update(updates, state[0], params, **extra_args)
@@ -266,7 +268,7 @@ def finished(
         leaves = map(stays, leaf_names(updates), jax.tree.leaves(updates))
         return structure.unflatten(leaves), (first, rest)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def check_period(name: str, every: int | None, projector: Projector | None) -> None:

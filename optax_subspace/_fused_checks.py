@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from optax_subspace._fused_state import LossScale
-from optax_subspace._leaves import is_number, leaf_names
-from optax_subspace._projectors._base import check_count, check_number
+from optax_subspace._leaves import can_learn, leaf_names
+from optax_subspace._projectors._base import check_count, check_number, is_number
 
 
 def check_clips(**clips: Any) -> None:
@@ -48,7 +48,7 @@ def check_loss_scale(how: Any) -> None:
 
 def check_loss(value: Any) -> None:
     """Raises unless what ``loss`` returned is one real number."""
-    if isinstance(value, jax.Array) and not value.shape and _is_real(value):
+    if isinstance(value, jax.Array) and not value.shape and can_learn(value.dtype):
         return
     shape = lambda x: f"{jnp.asarray(x).dtype}{list(jnp.shape(x))}"
     found = jax.tree.map(lambda x: shape(x) if isinstance(x, jax.Array) else repr(x), value)
@@ -60,15 +60,11 @@ def check_loss(value: Any) -> None:
 def refuse_integers(params: Any) -> None:
     """Raises for a parameter that has no gradient."""
     for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
-        if not _is_real(leaf):
+        if not can_learn(leaf.dtype):
             raise TypeError(
                 f"parameter {name} has dtype {leaf.dtype}: only real floating-point parameters of "
                 "at least 16 bits learn; close over others, or hand them on with the batch"
             )
-
-
-def _is_real(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 16
 
 
 def refuse_gradient_trees(state: Any) -> None:

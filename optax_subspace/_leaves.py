@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +19,7 @@ import numpy as np
 
 from optax_subspace._blocks import is_box, is_variable
 from optax_subspace._projectors import Projector
-from optax_subspace._projectors._base import check_count, check_projector
+from optax_subspace._projectors._base import check_count, check_projector, is_number
 
 SIDES = ("shorter", "longer", "left", "right", "both", "auto")
 
@@ -192,19 +191,6 @@ def is_own_name(path: str) -> bool:
     return EMBEDDING_OR_HEAD.search("/".join(path.split("/")[-2:])) is not None
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is one real number, which may be traced.
-
-    Example:
-      >>> is_number(1), is_number(True), is_number(jnp.float32(1)), is_number(jnp.ones(2))
-      (True, False, True, False)
-    """
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        kinds = (jnp.floating, jnp.integer)
-        return not value.shape and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def check_scale(name: str, scale: Any) -> None:
     """Raises unless ``scale`` is a real number, which may be traced, or a schedule."""
     if not (is_number(scale) or callable(scale)):
@@ -282,11 +268,16 @@ def compile_pattern(pattern: Any) -> re.Pattern[str]:
         raise ValueError(f"the rule's pattern {pattern!r} is no regular expression: {e}") from e
 
 
+def can_learn(dtype: Any) -> bool:
+    """Whether parameters of it can: real floating-point numbers of at least 16 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+
+
 def plan_leaf(path, leaf, rules, rank, side) -> LeafPlan:
     """The plan of one leaf; under ``auto`` its ``sides`` are ``("auto",)``, yet to be decided."""
     shape = tuple(jnp.shape(leaf))
     dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+    if not can_learn(dtype):
         raise TypeError(
             f"parameter {path} has dtype {dtype}: only real floating-point leaves of at least 16 "
             "bits can be optimized. Leave it out with optax.masked or optax.multi_transform."

@@ -96,8 +96,25 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raises unless ``value`` is a real number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not _is_real(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one real number, which may be traced.
+
+    Example:
+      >>> is_number(1), is_number(True), is_number(jnp.float32(1)), is_number(jnp.ones(2))
+      (True, False, True, False)
+    """
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        kinds = (jnp.floating, jnp.integer)
+        return not value.shape and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    return _is_real(value)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_projector(name: str, rule: Any) -> None:
