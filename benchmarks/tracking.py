@@ -47,6 +47,12 @@ CASES = [
     (4096, 4096, "float32", 0.0),
 ]
 MARKS = (1, 20, 30, 50, 100)  # steps after the jump
+# To be told apart in black and white as well.
+LINES = ["-", "--", "-.", ":", (0, (8, 2)), (0, (1, 3))]
+LOOKS = {
+    name: {"color": f"C{i}", "linestyle": line, "marker": "os^Dvx"[i], "markersize": 4, "lw": 1}
+    for i, (name, line) in enumerate(zip(RULES, LINES, strict=True))
+}
 
 
 class Track(NamedTuple):
@@ -169,9 +175,10 @@ def draw(curves: dict[tuple[str, str], np.ndarray], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = np.atleast_1d(figure.subplots(down, across, sharex=True, sharey=True)).ravel()
     for axes, case in zip(panels, cases, strict=False):
-        for (of, name), energy in curves.items():
-            if of == case:
-                axes.plot(energy, lw=1, label=name)
+        for i, (name, look) in enumerate(LOOKS.items()):
+            if (case, name) in curves:
+                # (Marks apart from each other, where lines lie upon one another.)
+                axes.plot(curves[case, name], **look, markevery=(5 * i, 30), label=name)
         axes.set_title(case, fontsize=9)
         axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.3)

@@ -23,7 +23,7 @@ from optax_subspace._leaves import (
 )
 from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projected import SourceBasis, found_at_source, is_projected
-from optax_subspace._projection import compute_dtype, in_turn, is_finite, project, to_matrices
+from optax_subspace._projection import compute_dtype, in_turn, project, to_matrices
 from optax_subspace._projection_state import (
     LeafBasis,
     ProjectionState,
@@ -232,7 +232,7 @@ class Subspace:
                 total = total.astype(state.accumulated[plan.path].dtype)
                 accumulated[plan.path] = jnp.where(last, 0, total)
                 low = total / self.accumulate
-            finite = is_finite(low)
+            finite = jnp.all(jnp.isfinite(low))
             used = finite if last is None else finite & last
             ended = True if last is None else last
             skipped[plan.path] = state.skipped[plan.path] + (ended & ~finite).astype(jnp.int32)

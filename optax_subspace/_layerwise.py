@@ -236,8 +236,13 @@ def fused_backward(
             clip = lambda g: jnp.where(jnp.isfinite(g), jnp.clip(g, -clip_value, clip_value), g)
             return jax.tree.map(clip, gradients)
 
-        squared = lambda gradients: optax.tree.norm(wide(gradients), squared=True)
-        total = squared(only_end) if two_passes or grad_norm else jnp.float32(0)
+        # (In the widest dtype, for models with float64 in some parts.)
+        widest = jnp.result_type(jnp.float32, *jax.tree.leaves((stack, rest)))
+
+        def squared(gradients: Any) -> jax.Array:
+            return jnp.asarray(optax.tree.norm(wide(gradients), squared=True), widest)
+
+        total = squared(only_end) if two_passes or grad_norm else jnp.zeros([], widest)
         # (Not by the norm, which is infinite too where squares of finite gradients overflow.)
         check = all_finite if loss_scale is not None else lambda gradients: True
         finite = jnp.bool_(True) & check(only_end)
@@ -321,8 +326,8 @@ def fused_backward(
         update_rest({key: jax.tree.map(jnp.zeros_like, weights[key]) for key in unused})
 
         if not two_passes:
-            total = total_now + squared(last) if grad_norm else jnp.float32(jnp.nan)
-        norm = jnp.sqrt(total)
+            total = total_now + squared(last) if grad_norm else jnp.full([], jnp.nan)
+        norm = jnp.sqrt(total).astype(jnp.float32)
         metrics = FusedMetrics(value.astype(jnp.float32), norm, (~enabled).astype(jnp.float32))
         scale, good = next_scale(loss_scale, state, enabled)
         skipped = state.skipped + (~enabled).astype(jnp.int32)

@@ -67,7 +67,7 @@ def _of_parts(mask: Any) -> Any:
         return mask
 
     def of(params):
-        is_part = isinstance(params, dict) and params.keys() < mask.keys()
+        is_part = isinstance(params, dict) and len(params) == 1 and params.keys() < mask.keys()
         return {key: mask[key] for key in params} if is_part else mask
 
     return of

@@ -28,14 +28,6 @@ def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     return jnp.maximum(found, jnp.finfo(x.dtype).tiny)
 
 
-def is_finite(x: jax.Array) -> jax.Array:
-    """Whether all entries are, by one sum: XLA would write out a test of each.
-
-    (Not by a largest one, in which XLA:CPU loses what is no number.)
-    """
-    return jnp.sum(x * 0) == 0
-
-
 def to_matrices(leaf: jax.Array, plan: LeafPlan) -> jax.Array:
     """Reshapes a leaf to ``(*batch, m, n)``."""
     axes = plan.batch + plan.reduction + plan.output

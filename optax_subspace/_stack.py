@@ -97,10 +97,10 @@ def parts_of_tree(params: Any, layers: str) -> tuple[Any, dict[str, Any]]:
             f"fused_backward: the parameters have no key {layers!r}, but "
             f"{', '.join(map(repr, params))}: name the key of the stack by layers="
         )
-    if isinstance(params[layers], list):
+    if type(params[layers]) in (list, tuple):
         raise ValueError(
-            f"fused_backward: the parameters have a list under {layers!r}: stack the layers, "
-            "jax.tree.map(lambda *x: jnp.stack(x), *layers)"
+            f"fused_backward: the parameters have a {type(params[layers]).__name__} under "
+            f"{layers!r}: stack the layers, jax.tree.map(lambda *x: jnp.stack(x), *layers)"
         )
     return params[layers], {key: part for key, part in params.items() if key != layers}
 

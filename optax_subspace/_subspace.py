@@ -17,7 +17,6 @@ from optax_subspace._projected import is_projected
 from optax_subspace._projection import (
     compute_dtype,
     from_matrices,
-    is_finite,
     lift,
     project,
     to_matrices,
@@ -110,7 +109,7 @@ def inner_low_update(
     # on the update also has XLA finish the update first and change the moments in place, where it
     # would copy all of them to leave the order open. (The update itself is told entry by entry:
     # for one answer to all XLA would pass over it once more.)
-    used = [x.used & is_finite(u) for x, u in zip(handed, lows, strict=True)]
+    used = [x.used & jnp.all(jnp.isfinite(u)) for x, u in zip(handed, lows, strict=True)]
     lows = [jnp.where(x.used & jnp.isfinite(u), u, 0) for x, u in zip(handed, lows, strict=True)]
     new_state = keep_skipped(new_state, state, structure, used, ready)
     new_state = turn_moments(new_state, structure, plans, [x.after for x in handed])

@@ -210,6 +210,9 @@ def test_masks_that_are_trees_serve_parts_too(optimizer):
                 jax.tree.map(jnp.zeros_like, {key: part}), tx.init({key: part}), {key: part}
             )
             assert bool(jnp.any(updates[key]["w"] != 0)) == (key != "head")
+        unknown = optimizer(0.1, weight_decay=0.1, mask={**all_but_head(), "hed": False})
+        with pytest.raises(ValueError, match="key"):
+            unknown.init(params)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +237,10 @@ def test_parameters_in_other_containers_are_refused_by_name():
         init(nnx.State(params))
     with pytest.raises(ValueError, match=r"type OrderedDict.*dict\(params\)"):
         init(collections.OrderedDict(params))
-    with pytest.raises(ValueError, match=r"list under 'layers': .*jnp\.stack"):
-        init({**params, "layers": [{"w": jnp.eye(6)}, {"w": jnp.eye(6)}]})
+    for several in (list, tuple):
+        layers = several([{"w": jnp.eye(6)}, {"w": jnp.eye(6)}])
+        with pytest.raises(ValueError, match=rf"{several.__name__} under 'layers': .*jnp\.stack"):
+            init({**params, "layers": layers})
     with pytest.raises(ValueError, match="apply_every keeps a whole gradient tree"):
         osub.fused_backward(*MODEL, optax.apply_every(2)).init(params)
 
@@ -376,6 +381,19 @@ def test_clips_are_those_of_gradients_without_their_scale(clip):
     chex.assert_trees_all_close(scaled, plain, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(found.grad_norm, expected.grad_norm, rtol=1e-6)
     assert jnp.any(jnp.abs(whole["layers"]["w"] - plain["layers"]["w"]) > 1e-3), "it does clip"
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": 0.1}, {"grad_norm": True}])
+def test_norms_of_parts_in_other_dtypes(options):
+    with jax.enable_x64():
+        params, expected = params_in(), run(optax.sgd(1.0), 1, **options)
+        params["layers"] = jax.tree.map(lambda x: x.astype(jnp.float64), params["layers"])
+        wide = lambda layer, x: block(layer, x).astype(jnp.float32)
+        fused = osub.fused_backward(embed, wide, loss, optax.sgd(1.0), **options)
+        after, _, metrics = jax.jit(fused.step)(params, fused.init(params), batch_in(jnp.float32))
+    chex.assert_trees_all_close(after, expected[0], rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(metrics.grad_norm, expected[2].grad_norm, rtol=1e-6)
+    assert metrics.grad_norm.dtype == jnp.float32
 
 
 def test_steps_without_overflow_are_counted_until_the_scale_grows():
