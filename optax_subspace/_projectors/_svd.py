@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from optax_subspace._projectors._base import Projector, check_count
 
 METHODS = ("gram", "lapack")
-_LEAST_BLOCK = 128  # rows; below it a product of blocks is not worth its calls
 
 
 def svd(every: int = 200, method: str = "gram") -> Projector:
@@ -74,24 +73,9 @@ def _leading_by_gram(gradient: jax.Array, rank: int) -> jax.Array:
     m, n = gradient.shape
     with jax.default_matmul_precision("highest"):
         wide = gradient if m <= n else gradient.T
-        _, vectors = jnp.linalg.eigh(gram(wide), symmetrize_input=False)  # ascending
-        vectors = vectors[:, ::-1][:, :rank]
+        _, vectors = jnp.linalg.eigh(wide @ wide.T, symmetrize_input=False)
+        vectors = vectors[:, ::-1][:, :rank]  # which are in ascending order
         if m <= n:
             return vectors
         # G V = U diag(sigma). QR gives U up to signs, and stays orthonormal where sigma vanishes.
         return jnp.linalg.qr(gradient @ vectors)[0]
-
-
-def gram(x: jax.Array) -> jax.Array:
-    """``X X^T`` for ``X`` of shape ``(m, n)``: of large ones by blocks of rows, each times those up
-    to it, and the other half by symmetry, which is 5/8 of the operations."""
-    m = x.shape[0]
-    if m < 4 * _LEAST_BLOCK:
-        return x @ x.T
-    ends = [m * i // 4 for i in range(5)]
-    rows = [
-        jnp.pad(x[start:end] @ x[:end].T, ((0, 0), (0, m - end)))
-        for start, end in zip(ends, ends[1:], strict=False)
-    ]
-    lower = jnp.tril(jnp.concatenate(rows))
-    return lower + jnp.tril(lower, -1).T
