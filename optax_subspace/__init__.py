@@ -30,7 +30,7 @@ from optax_subspace._layerwise import (
     LossScale,
     fused_backward,
 )
-from optax_subspace._leaves import LeafPlan, MatrixSpec
+from optax_subspace._leaves import LeafPlan
 from optax_subspace._lomo import adalomo, in_float32, lomo
 from optax_subspace._metrics import SubspaceMetrics, subspace_metrics
 from optax_subspace._plan import plan
@@ -50,6 +50,7 @@ from optax_subspace._projectors import (
 )
 from optax_subspace._quantize import QuantizedState, quantize_state
 from optax_subspace._rounding import QuantizedWeight, apply_updates, quantize_weights
+from optax_subspace._rules import MatrixSpec
 from optax_subspace._sharding import state_shardings
 from optax_subspace._source import steps_to_refresh, subspace_value_and_grad
 from optax_subspace._source_kernel import source_dot_general, source_promote_dtype

@@ -13,9 +13,10 @@ import optax
 
 from optax_subspace._hamiltonian import scale_by_hamiltonian_descent
 from optax_subspace._kinetic import adam_kinetic
-from optax_subspace._leaves import Rules, check_scale, leaf_names
+from optax_subspace._leaves import leaf_names
 from optax_subspace._lomo import decay_of, decays
 from optax_subspace._projectors import Projector, history_pca, svd
+from optax_subspace._rules import Rules, check_scale
 from optax_subspace._subspace import scale_by_subspace
 
 

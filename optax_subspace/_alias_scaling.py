@@ -14,8 +14,8 @@ from optax_subspace._alias import (
     with_settings_of,
 )
 from optax_subspace._gradient_scaling import scale_by_subspace_norms
-from optax_subspace._leaves import Rules
 from optax_subspace._projectors import Projector, random_projection, svd
+from optax_subspace._rules import Rules
 
 
 def apollo(

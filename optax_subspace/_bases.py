@@ -13,14 +13,7 @@ import optax
 from optax_subspace._blocks import dequantize, storage_of, zeros
 from optax_subspace._describe import record, warn_about_rules
 from optax_subspace._handover import LowRankUpdate
-from optax_subspace._leaves import (
-    LeafPlan,
-    Rules,
-    check_scale,
-    check_side,
-    compile_rules,
-    rules_of,
-)
+from optax_subspace._leaves import LeafPlan
 from optax_subspace._plan import plan as plan_tree
 from optax_subspace._projected import SourceBasis, found_at_source, is_projected
 from optax_subspace._projection import compute_dtype, in_turn, project, to_matrices
@@ -42,6 +35,7 @@ from optax_subspace._refresh import (
     joined,
     refresh,
 )
+from optax_subspace._rules import Rules, check_scale, check_side, compile_rules, rules_of
 from optax_subspace._schedule import (
     LOOK_EVERY,
     due_if_lost,

@@ -19,11 +19,12 @@ import optax
 
 from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
-from optax_subspace._leaves import LeafPlan, Rules
+from optax_subspace._leaves import LeafPlan
 from optax_subspace._projected import is_projected
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import transformation
+from optax_subspace._rules import Rules
 from optax_subspace._subspace import init_inner, inner_update
 
 _slot = threading.local()

@@ -15,14 +15,8 @@ import jax
 import optax
 
 from optax_subspace._inner_state import tree_bytes
-from optax_subspace._leaves import (
-    BY_NAME,
-    LeafPlan,
-    Rules,
-    compile_rules,
-    is_own_name,
-    suggested_axes,
-)
+from optax_subspace._leaves import BY_NAME, LeafPlan, is_own_name, suggested_axes
+from optax_subspace._rules import Rules, compile_rules
 
 
 class Description(NamedTuple):

@@ -10,12 +10,13 @@ import optax
 
 from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
-from optax_subspace._leaves import LeafPlan, Rules
+from optax_subspace._leaves import LeafPlan
 from optax_subspace._projected import is_projected
 from optax_subspace._projection import from_matrices, largest, lift, to_matrices
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector, random_projection, svd
 from optax_subspace._projectors._base import transformation
+from optax_subspace._rules import Rules
 from optax_subspace._subspace import init_inner, inner_low_update
 
 PER = ("channel", "tensor")

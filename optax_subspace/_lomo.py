@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_subspace._leaves import check_scale
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projectors._base import transformation
+from optax_subspace._rules import check_scale
 
 
 def lomo(

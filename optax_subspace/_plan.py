@@ -11,18 +11,12 @@ import optax
 
 from optax_subspace._blocks import storage_of, zeros
 from optax_subspace._inner_state import bytes_by_leaf, tree_bytes
-from optax_subspace._leaves import (
-    LeafPlan,
-    Rules,
-    check_side,
-    compile_rules,
-    leaf_names,
-    plan_leaf,
-)
+from optax_subspace._leaves import LeafPlan, leaf_names, plan_leaf
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import BYTES_OF_SCHEDULE
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import check_count
+from optax_subspace._rules import Rules, check_side, compile_rules
 
 
 def plan(

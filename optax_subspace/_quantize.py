@@ -23,11 +23,12 @@ from optax_subspace._blocks import (
 from optax_subspace._codes import code_of
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._inner_state import holds_squares, holds_weights
-from optax_subspace._leaves import compile_pattern, leaf_names, path_name
+from optax_subspace._leaves import leaf_names, path_name
 from optax_subspace._projected import is_projected
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors._base import check_count, key_of, transformation
+from optax_subspace._rules import compile_pattern
 from optax_subspace._slices import count_slices, in_slices
 
 

@@ -16,8 +16,9 @@ from optax_subspace._blocks import (
     quantize,
     quantize_like,
 )
-from optax_subspace._leaves import Rules, leaf_names, path_name
+from optax_subspace._leaves import leaf_names, path_name
 from optax_subspace._plan import plan
+from optax_subspace._rules import Rules
 
 
 class QuantizedWeight(Quantized):

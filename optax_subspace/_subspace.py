@@ -12,7 +12,7 @@ import optax
 from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._inner_state import holds_weights, keep_skipped, turn_moments
-from optax_subspace._leaves import LeafPlan, Rules, path_name
+from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._projected import is_projected
 from optax_subspace._projection import (
     compute_dtype,
@@ -24,6 +24,7 @@ from optax_subspace._projection import (
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import transformation
+from optax_subspace._rules import Rules
 from optax_subspace._varying import varying_as
 
 
