@@ -19,12 +19,13 @@ import pytest
 
 from models import llama
 from models.config import PRESETS
-from optax_subspace import dequantize
+from optax_subspace import Layout, QuantizedWeight, dequantize, quantize
 from tests.train_helpers import ROOT, TINY, batch_shapes, finish, pair, start, write_text
 from train import cache, gradient, memory, optimizer, records, step
-from train.checkpoint import Checkpoints, fingerprint
+from train.checkpoint import Checkpoints
 from train.config import DEFAULT_LEARNING_RATE, Config, MeshConfig, OptimizerConfig, resolve
 from train.errors import UsageError, no_space
+from train.fingerprint import fingerprint
 
 CONFIG = resolve(Config(model=PRESETS["tiny"]))
 
@@ -100,6 +101,52 @@ def test_the_best_are_kept_beside_the_newest(tmp_path, said):
     assert not checkpoints.is_among_best(2.0) and checkpoints.is_among_best(1.5)
     (tmp_path / "checkpoints" / "20" / "validation.json").write_text("{")
     assert checkpoints.is_among_best(99.0)
+
+
+def state_in_blocks(shards):
+    """Weights in int8, layer by layer, and moments in 8 bits; blocks keep to the parts."""
+    linear, dynamic = Layout("linear", shards=shards), Layout("dynamic", shards=shards)
+
+    def layer(key):
+        stored = quantize(jax.random.normal(key, (16, 24)), linear)
+        return QuantizedWeight(
+            stored.codes, stored.scales, stored.slice_shape, jnp.bfloat16, linear
+        )
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"layers": jax.vmap(layer)(keys), "b": jnp.arange(5.0)}
+    moments = {"w": quantize(jax.random.normal(keys[0], (64, 48)), dynamic), "b": jnp.ones(3)}
+    return step.State(jnp.int32(7), params, moments)
+
+
+def test_blocks_of_few_bits_go_to_another_number_of_devices(tmp_path, said):
+    shapes = lambda shards: jax.eval_shape(lambda: state_in_blocks(shards))
+
+    def checkpoints(shards):
+        identity = fingerprint(CONFIG, "c", shapes(shards), shards=shards)
+        folder = tmp_path / "checkpoints"
+        return Checkpoints(folder, 2, identity, said.append, with_shards=shapes)
+
+    saved = state_in_blocks(4)
+    one = checkpoints(4)
+    one.save(10, saved, Position(10))
+    one.wait()
+    for shards in (1, 2, 4):
+        found = checkpoints(shards).restore(shapes(shards), Position())
+        assert jax.tree.structure(found) == jax.tree.structure(shapes(shards))
+        assert said == []
+        pairs = zip(*(jax.tree.leaves(dequantize(s)) for s in (found, saved)), strict=True)
+        for ours, theirs in pairs:
+            assert ours.dtype == theirs.dtype
+            # A value lies no further from its code than half of the widest distance of two.
+            limit = 0 if shards == 4 or ours.ndim == 1 else 0.02 * float(jnp.max(jnp.abs(theirs)))
+            assert float(jnp.max(jnp.abs(ours - theirs))) <= limit
+    # What differs otherwise is named all the same.
+    broken = lambda shards: shapes(shards)._replace(step=jax.ShapeDtypeStruct((3,), jnp.int32))
+    identity = fingerprint(CONFIG, "c", broken(2), shards=2)
+    strict = Checkpoints(tmp_path / "checkpoints", 2, identity, said.append, with_shards=broken)
+    with pytest.raises(UsageError, match=r"holds step as \['int32'\] where .*\['int32', 3\]"):
+        strict.restore(broken(2), Position())
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(saved, tmp_path, monkeypatch):

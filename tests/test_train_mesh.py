@@ -15,11 +15,13 @@ import pytest
 
 from models import sharding
 from models.lora import LoraKernel
+from optax_subspace import dequantize
 from tests.train_helpers import ROOT, host_devices, pair, write_text
 from train import launch, mesh, placement, source, step
 from train.cli import parse
 from train.config import MeshConfig
 from train.errors import UsageError
+from train.runs import read_checkpoint
 
 SMALL = [
     *["--model.num_layers", "2", "--model.hidden_size", "32", "--model.intermediate_size", "48"],
@@ -386,3 +388,23 @@ def test_a_checkpoint_serves_another_number_of_devices(runs):
         out = run_of([*words, "--run_dir", str(folder), "--resume"], 1, devices)[0]
         assert "after step 3" in out
     check_losses(several, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["adamw int8", "subspace fused micro"])
+def test_states_in_few_bits_serve_another_number_of_devices(case, tmp_path):
+    """Their blocks keep to the parts of a device, and are made anew for other parts."""
+    words = [*SMALL, "--data.path", str(write_text(tmp_path / "text")), *CASES[case]]
+    words += ["--data.cache_dir", str(tmp_path / "cache"), "--train.eval_batches", "2"]
+    words += ["--train.steps", "6", "--checkpoint.every", "3"]
+    run_of([*words, "--run_dir", str(tmp_path / "one")], 1, 1)
+    run_of([*words, "--run_dir", str(tmp_path / "four"), "--mesh.fsdp", "4"], 1, 4)
+    for name, devices in (("one", 4), ("four", 1)):
+        folder = tmp_path / name
+        whole = losses_in(folder)
+        shutil.rmtree(folder / "checkpoints" / "6")
+        again = [*words, "--run_dir", str(folder), "--resume", "--mesh.fsdp", str(devices)]
+        assert "after step 3" in run_of(again, 1, devices)[0]
+        np.testing.assert_allclose(losses_in(folder), whole, rtol=2e-3)
+        *_, params = read_checkpoint(folder, 6)  # as for export, on one device
+        assert float(optax.tree.norm(dequantize(params))) > 0

@@ -17,40 +17,15 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from train import cache, processes
-from train.config import Config, flatten
+from train import cache, processes, reblock
 from train.errors import UsageError, no_space, one_line
+from train.fingerprint import check, leaves_of
 from train.memory import mebibytes
 from train.step import State
 
 _SAVING = ".saving-"
 _SCORE = "validation.json"
 _MOST_CLEARINGS, _BETWEEN_CLEARINGS = 50, 0.1  # times, seconds
-# Keys that change neither the parameters nor the metrics up to a given step, or, as another number
-# of devices does, no more than the order of sums (what the paths of the data lead to is in the
-# corpus' key).
-_FREE: tuple[str, ...] = (
-    *("run_dir", "resume", "compile_only", "topology", "mesh.", "weights", "checkpoint."),
-    *("log.print_every", "log.tensorboard", "data.path", "data.validation_path"),
-    *("data.tokenizer", "data.tfds_dir", "data.bad_shards", "data.cache_dir"),
-)
-
-
-def fingerprint(
-    config: Config, corpus_key: str, state: State, weights_key: str | None = None
-) -> dict[str, Any]:
-    """What two runs must share for one to go on with the other's checkpoint, as JSON.
-
-    `weights_key` tells the pretrained weights that a run began from; None is random ones.
-    """
-    # (In a fused step what micro-batches add up to is part of the state.)
-    free = _FREE if config.train.fused_backward else (*_FREE, "train.micro_batch_size")
-    keys = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), *leaf.shape]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
-    return {"config": keys, "corpus": corpus_key, "weights": weights_key, "leaves": leaves}
 
 
 class Checkpoints:
@@ -62,6 +37,7 @@ class Checkpoints:
       identity: the run's `fingerprint`.
       say: is told, in a line, what had to be passed over.
       keep_best: how many are kept beside them, those of the lowest scores.
+      with_shards: the shapes of the run's state where blocks of few bits keep to so many parts.
     """
 
     def __init__(
@@ -71,13 +47,14 @@ class Checkpoints:
         identity: dict[str, Any],
         say: Callable[[str], None] = print,
         keep_best: int = 0,
+        with_shards: Callable[[int], State] | None = None,
     ):
         # Orbax takes absolute paths only.
         self._folder = folder.absolute()
         self._shown = folder
         self._keep, self._keep_best = keep, keep_best
         self._identity = identity
-        self._say = say
+        self._say, self._with_shards = say, with_shards
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
@@ -216,6 +193,7 @@ class Checkpoints:
         """The newest good checkpoint's state, with `data` moved to its position.
 
         Bad ones that are newer are moved to `damaged/` beside the folder, with a line about each.
+        Values in few bits whose blocks were those of another number of devices are encoded again.
 
         Returns:
           The state, or None if there never was a whole checkpoint.
@@ -226,6 +204,7 @@ class Checkpoints:
         if processes.is_first():
             self._sweep()
         processes.meet("restore")
+        shapes = jax.tree.map(_on_device, shapes)
         bad: list[int] = []
         for step in reversed(self.steps()):
             state, reason = self._try(step, shapes, data)
@@ -257,58 +236,40 @@ class Checkpoints:
         try:
             small = ocp.args.Composite(meta=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
             found = self._orbax.restore(folder, args=small)
-            self._compare(step, found["meta"])
-            target = jax.tree.map(_on_device, shapes)
+            check(self.path(step), found["meta"], self._identity)
+            if found["meta"]["jax"] != jax.__version__:
+                self._say(
+                    f"{self.path(step)} was written under jax {found['meta']['jax']} and goes on "
+                    f"under {jax.__version__}: the last bits may differ"
+                )
+            saved = self._as_saved(step, found["meta"], shapes)
             restored = self._orbax.restore(
-                folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+                folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(saved))
             )
             data.set_state(json.loads(found["data"]["position"]))
         except UsageError:
             raise
         except Exception as error:  # whatever Orbax, TensorStore or JSON find wrong with a file
             return None, f"{type(error).__name__}: {one_line(error)[:200]}"
-        return restored["state"], ""
+        state = restored["state"]
+        return state if saved is shapes else reblock.encoded_as(state, shapes), ""
 
-    def _compare(self, step: int, meta: dict[str, Any]) -> None:
-        where = self.path(step)
-        old, new = meta["config"], self._identity["config"]
-        for key in [*new, *old]:
-            if key not in old or key not in new:
-                raise UsageError(
-                    f"{where} was written by another version of the trainer (--{key} is "
-                    f"{'unknown there' if key not in old else 'unknown here'}); "
-                    "begin a new run in another --run_dir"
-                )
-            if old[key] != new[key]:
-                raise UsageError(
-                    f"{where} is of another configuration: --{key} is {old[key]} there and "
-                    f"{new[key]} here; give the same value, or begin a new run in another --run_dir"
-                )
-        if meta["corpus"] != self._identity["corpus"]:
-            raise UsageError(
-                f"{where} was trained on another text or tokenizer than --data.path gives now; "
-                "give that text, or begin a new run in another --run_dir"
-            )
-        if meta.get("weights") != self._identity["weights"]:
-            raise UsageError(
-                f"{where} began from other weights than --weights gives now; give those, or begin "
-                "a new run in another --run_dir"
-            )
-        if meta["leaves"] != self._identity["leaves"]:
-            theirs, ours = meta["leaves"], self._identity["leaves"]
+    def _as_saved(self, step: int, meta: dict[str, Any], shapes: State) -> State:
+        """The shapes of the checkpoint's state, on this run's devices."""
+        theirs, ours = meta["leaves"], self._identity["leaves"]
+        if theirs == ours:
+            return shapes
+        shards, saved = meta.get("shards"), shapes
+        if self._with_shards and shards not in (None, self._identity["shards"]):
+            saved = reblock.beside(self._with_shards(shards), shapes)
+            ours = leaves_of(saved)
+        if theirs != ours:
             path = next(p for p in [*ours, *theirs] if theirs.get(p) != ours.get(p))
-            # (Blocks of few bits keep to the part of a device.)
-            blocks = path in ours and path in theirs and "int8" in str(ours)
-            remedy = "give the --mesh.fsdp that it was saved with, or " if blocks else ""
             raise UsageError(
-                f"{where} holds {path} as {theirs.get(path)} where this program has "
-                f"{ours.get(path)}; {remedy}begin a new run in another --run_dir"
+                f"{self.path(step)} holds {path} as {theirs.get(path)} where this program has "
+                f"{ours.get(path)}; begin a new run in another --run_dir"
             )
-        if meta["jax"] != jax.__version__:
-            self._say(
-                f"{where} was written under jax {meta['jax']} and goes on under "
-                f"{jax.__version__}: the last bits may differ"
-            )
+        return saved
 
     def _clear(self, temporary: Path, *, late: bool = False) -> None:
         """Removes what was written; `late` where other threads may be writing still.

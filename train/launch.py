@@ -25,9 +25,10 @@ from train import (
     tensorboard,
     weights,
 )
-from train.checkpoint import Checkpoints, fingerprint
+from train.checkpoint import Checkpoints
 from train.cli import Command
 from train.config import Config, flatten
+from train.fingerprint import fingerprint
 from train.gradient import make_loss
 from train.loop import Trainer
 from train.optimizer import Optimizer, make
@@ -109,9 +110,10 @@ def run(command: Command) -> None:
     checkpoints = Checkpoints(
         place.checkpoints,
         config.checkpoint.keep,
-        fingerprint(config, data.key, shapes, weights_key),
+        fingerprint(config, data.key, shapes, weights_key, grid.fsdp),
         lambda line: screen.say(f"warning: {line}"),
         config.checkpoint.keep_best,
+        lambda shards: jax.eval_shape(prepare(config, work, shards)[2], key),
     )
     state = checkpoints.restore(shapes, stream) if place.resumes else None
     if state is not None:
@@ -167,10 +169,13 @@ def _read(
 
 
 def prepare(
-    config: Config, work: mesh.Work
+    config: Config, work: mesh.Work, shards: int | None = None
 ) -> tuple[Optimizer, FusedStep | None, Callable[..., State]]:
-    """The optimizer, the fused step if there is one, and the state before the first step by key."""
-    is_fused, shards = config.train.fused_backward, work.shards
+    """The optimizer, the fused step if there is one, and the state before the first step by key.
+
+    Blocks of few bits keep to each of `shards` parts, by default those of the mesh.
+    """
+    is_fused, shards = config.train.fused_backward, shards or work.shards
     parts = config.train.batch_size // (work.micro_batch_size or config.train.batch_size)
     at_source = config.train.project_at_source
     accumulate = parts if is_fused or at_source else 1

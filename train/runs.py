@@ -87,7 +87,7 @@ def _restore(place: Path) -> tuple[dict[str, Any], Any]:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         meta = reader.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     config = meta["config"]
-    shapes = jax.eval_shape(lambda: _params(config))
+    shapes = jax.eval_shape(lambda: _params(config, meta.get("shards", 1)))
     for path, leaf in jax.tree_util.tree_leaves_with_path({"params": shapes}):
         # Orbax would cast to other dtypes without a word.
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -111,15 +111,15 @@ def _restore(place: Path) -> tuple[dict[str, Any], Any]:
         return meta, reader.restore(place / "state", args=args)["params"]
 
 
-def _params(config: dict[str, Any]) -> Any:
-    """Parameters of the shapes of a run with this flat configuration."""
+def _params(config: dict[str, Any], shards: int) -> Any:
+    """Parameters of the shapes of a run with this flat configuration, on so many devices."""
     key = jax.random.key(0)
     params = llama.init_params(model_of(config), key)
     # (Runs from before there were factors say nothing of them.)
     factorize = config.get("lora.factorize", False)
     adapters = LoraConfig(config["lora.rank"], config["lora.alpha"], factorize=factorize)
     params = with_adapters(params, adapters, key)
-    return kernels_in_int8(params) if config["train.int8_weights"] else params
+    return kernels_in_int8(params, shards) if config["train.int8_weights"] else params
 
 
 def model_of(config: dict[str, Any]) -> LlamaConfig:
