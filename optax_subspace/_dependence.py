@@ -39,12 +39,19 @@ def check_leaves_apart(tx: optax.GradientTransformation, params: Any, remedy: st
     except AttributeError as error:
         raise ValueError(f"{unfit} ({error}); {remedy}") from error
     try:
-        traced = jax.make_jaxpr(lambda g, p, s: tx.update(g, s, p))(params, params, state)
+        update = lambda g, p, s: tx.update(g, s, p)
+        traced, shapes = jax.make_jaxpr(update, return_shape=True)(params, params, state)
     except (TypeError, ValueError, AttributeError) as error:
         if missing := _missing(error):
             raise missing from None
         said = str(error).strip().partition("\n")[0]
         raise ValueError(f"{unfit} alone ({said}); {remedy}") from error
+    kept: Any = jax.tree.structure(state)
+    if kept != jax.tree.structure(shapes[1]):
+        raise ValueError(
+            "the transformation's update returns a state of another structure than its init, as "
+            f"that of optax.monitor, so that no compiled step can keep it; {remedy}"
+        )
     count = len(jax.tree.leaves(params))
     own = [frozenset([i]) for i in range(count)]
     at_first: list[tuple[_Leaves, JaxprEqn]] = []
@@ -92,6 +99,8 @@ def flow(
             known[var] = leaves
             if len(leaves) > 1 and not any(len(x) > 1 for x in inputs):
                 mixing.append((leaves, eqn))
+        if eqn.primitive.name in ("swap", "addupdate"):  # what is written into a mutable array
+            known[eqn.invars[0]] = frozenset().union(*inputs)
     return [read(x) for x in jaxpr.outvars]
 
 

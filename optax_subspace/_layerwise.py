@@ -186,7 +186,8 @@ def fused_backward(
             lambda part, x: loss({**weights, **part}, x, batch), take(at_end), x
         )
         check_loss(value)
-        end_gradients, dx = loss_vjp(state.scale.astype(value.dtype))
+        scale = state.scale.astype(value.dtype)  # which may round it
+        end_gradients, dx = loss_vjp(scale)
         only_end = {key: g for key, g in end_gradients.items() if key not in at_start}
 
         def start_gradients(dx: Any) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def fused_backward(
         def wide(gradients: Any) -> Any:
             """In float32, without the loss scale, and clipped by value."""
             gradients = jax.tree.map(
-                lambda g: g.astype(compute_dtype(g.dtype)) / state.scale, gradients
+                lambda g: g.astype(compute_dtype(g.dtype)) / scale.astype(jnp.float32), gradients
             )
             if clip_value is None:
                 return gradients
@@ -329,11 +330,11 @@ def fused_backward(
             total = total_now + squared(last) if grad_norm else jnp.full([], jnp.nan)
         norm = jnp.sqrt(total).astype(jnp.float32)
         metrics = FusedMetrics(value.astype(jnp.float32), norm, (~enabled).astype(jnp.float32))
-        scale, good = next_scale(loss_scale, state, enabled)
+        new_scale, good = next_scale(loss_scale, state, enabled)
         skipped = state.skipped + (~enabled).astype(jnp.int32)
         return (
             {**new, layers: stack},
-            FusedState(state.step + 1, inner, states, scale, good, skipped),
+            FusedState(state.step + 1, inner, states, new_scale, good, skipped),
             metrics,
         )
 

@@ -152,6 +152,7 @@ def plan_leaf(path, leaf, rules, rank, side) -> LeafPlan:
             f"parameter {path} has dtype {dtype}: only real floating-point leaves of at least 16 "
             "bits can be optimized. Leave it out with optax.masked or optax.multi_transform."
         )
+    dtype = jnp.result_type(dtype)  # that of a NumPy array may be wider than JAX's
     leave = lambda reason, **kw: LeafPlan(path, shape, dtype, reason, **kw)
     for pattern, spec in rules:
         if pattern.search(path):

@@ -127,6 +127,8 @@ def _full_update(update: jax.Array, leaf: LowRankUpdate) -> jax.Array:
     def to_full(update):
         if leaf.plan.projected:
             update = from_matrices(lift(update * leaf.factor, leaf.bases, leaf.plan), leaf.plan)
+        if leaf.dtype_out == jnp.float16:  # in which finite numbers may be infinite
+            update = jnp.clip(update, jnp.finfo(jnp.float16).min, jnp.finfo(jnp.float16).max)
         return update.astype(leaf.dtype_out)
 
     if leaf.ready is None:
@@ -165,7 +167,7 @@ def scale_by_subspace(
     inner state, and is counted in the state. Where the update that ``inner`` makes of a finite
     gradient is not finite, it is zero, and the leaf's part of the inner state is kept. The
     arithmetic is float32 (float64 for float64 leaves), and updates have the dtype of the incoming
-    gradients.
+    gradients, in float16 up to its largest numbers.
 
     Args:
       inner: any optax transformation.

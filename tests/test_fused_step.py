@@ -147,6 +147,16 @@ def shared_norm():
     )
 
 
+def through_a_mutable_array():
+    def update_fn(updates, state, params=None):
+        leaves, structure = jax.tree.flatten(updates)
+        total = jax.new_ref(jnp.float32(0))
+        total[...] = jnp.sum(leaves[0] ** 2)
+        return structure.unflatten([-x * total[...] for x in leaves]), state
+
+    return optax.GradientTransformation(lambda params: (), update_fn)
+
+
 @pytest.mark.parametrize(
     ("tx", "name"),
     [
@@ -167,10 +177,12 @@ def test_leaves_that_are_mixed_at_the_beginning_are_found(tx, name):
         (optax.lbfgs(), "scale_by_zoom_linesearch needs 'value', 'grad'"),
         (optax.contrib.sophia(0.1), "weights alone .obj_fn must be provided .*use a plain step"),
         (optax.lookahead(optax.sgd(0.1), 5, 0.5), "plain gradients and weights .* a plain step"),
+        (optax.monitor({"n": optax.tree.norm}), "another structure than its init.* a plain step"),
+        (through_a_mutable_array(), "through_a_mutable_array mixes leaves: .* head/w depends"),
     ],
-    ids=["plateau", "polyak", "lbfgs", "sophia", "lookahead"],
+    ids=["plateau", "polyak", "lbfgs", "sophia", "lookahead", "monitor", "mutable"],
 )
-def test_what_needs_more_than_gradients_is_refused(tx, message):
+def test_what_a_fused_step_cannot_run_is_refused(tx, message):
     with pytest.raises(ValueError, match=message):
         osub.fused_backward(*MODEL, tx).init(params_in())
 
@@ -381,6 +393,15 @@ def test_clips_are_those_of_gradients_without_their_scale(clip):
     chex.assert_trees_all_close(scaled, plain, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(found.grad_norm, expected.grad_norm, rtol=1e-6)
     assert jnp.any(jnp.abs(whole["layers"]["w"] - plain["layers"]["w"]) > 1e-3), "it does clip"
+
+
+def test_a_loss_scale_that_the_loss_rounds():
+    half = lambda *args: loss(*args).astype(jnp.bfloat16)
+    params, found = params_in(), []
+    for scale in (None, osub.LossScale(10045.0)):
+        fused = osub.fused_backward(embed, block, half, osub.lomo(1.0), loss_scale=scale)
+        found.append(jax.jit(fused.step)(params, fused.init(params), batch_in())[0])
+    chex.assert_trees_all_close(*found, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"clip_norm": 0.1}, {"grad_norm": True}])

@@ -10,7 +10,6 @@ import pytest
 
 import optax_subspace as osub
 from benchmarks.tracking import track
-from optax_subspace._projectors._svd import gram
 from tests import trees
 
 RULES = {
@@ -80,14 +79,6 @@ def test_svd_is_the_best_basis_of_its_rank():
         basis, _ = osub.svd(method=method).update(gradient, jnp.zeros((20, 4)), ())
         error = np.linalg.norm(gradient - basis @ (basis.T @ gradient)) ** 2
         np.testing.assert_allclose(error, np.sum(sigma[4:] ** 2), rtol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [513, 700])
-def test_a_gram_matrix_by_blocks_is_the_product(rows):
-    x = jax.random.normal(jax.random.key(0), (rows, 40))
-    found = gram(x)
-    np.testing.assert_array_equal(found, found.T)
-    np.testing.assert_allclose(found, x @ x.T, rtol=1e-5, atol=1e-4)
 
 
 def test_fixed_basis_stays():

@@ -352,6 +352,16 @@ def test_per_rule_rank_side_and_projector():
     assert changed("w") and not changed("v")
 
 
+def test_updates_beyond_float16_are_its_largest_numbers():
+    tx = osub.scale_by_subspace(optax.identity(), rank=2, scale=1.5)
+    gradients = {"w": jnp.full((6, 5), 300, jnp.float16).at[0].set(60000)}
+    gradients["b"] = jnp.ones(3, jnp.float16)
+    updates, state = tx.update(gradients, tx.init(gradients))
+    assert jnp.max(updates["w"]) == jnp.finfo(jnp.float16).max
+    chex.assert_tree_all_finite(updates)
+    assert not any(jax.tree.leaves(state.projection.skipped))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_leaves_are_updated_in_float32_arithmetic(dtype):
     params = {"w": trees.params(dtype)["tall"]}

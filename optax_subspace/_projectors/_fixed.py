@@ -13,8 +13,9 @@ def fixed(*bases: jax.Array) -> Projector:
 
     Args:
       *bases: each ``(m, r)``, for sides with ``m`` entries; columns need not be orthonormal. One
-        serves leaves of one shape, two a matrix that is projected on both sides; leaves of other
-        shapes need a rule of their own (:class:`MatrixSpec`).
+        serves leaves of one shape, all slices of a stack alike, two a matrix that is projected on
+        both sides (a square one has the same on both); leaves of other shapes need a rule of their
+        own (:class:`MatrixSpec`).
 
     Returns:
       A :class:`Projector` without state.
