@@ -345,6 +345,7 @@ def test_quantized_state_follows_the_exact_one(name, where):
         assert size(state) < size(exact_state)
 
 
+@pytest.mark.slow
 def test_a_scan_over_layers_equals_the_stack_at_once():
     """The state of each layer is a slice of the stacked one, as a fused backward pass has it."""
     tx = osub.galore_adamw8bit(0.1, 8, storage={"min_size": 0})
