@@ -236,13 +236,14 @@ class Checkpoints:
         try:
             small = ocp.args.Composite(meta=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
             found = self._orbax.restore(folder, args=small)
-            check(self.path(step), found["meta"], self._identity)
-            if found["meta"]["jax"] != jax.__version__:
+            meta = found["meta"]
+            check(self.path(step), meta, self._identity)
+            if meta["jax"] != jax.__version__:
                 self._say(
-                    f"{self.path(step)} was written under jax {found['meta']['jax']} and goes on "
-                    f"under {jax.__version__}: the last bits may differ"
+                    f"{self.path(step)} was written under jax {meta['jax']} and goes on under "
+                    f"{jax.__version__}: the last bits may differ"
                 )
-            saved = self._as_saved(step, found["meta"], shapes)
+            saved = self._as_saved(step, meta, shapes)
             restored = self._orbax.restore(
                 folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(saved))
             )

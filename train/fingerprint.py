@@ -38,7 +38,7 @@ def fingerprint(
     return {**found, "leaves": leaves_of(state), "shards": shards}
 
 
-def leaves_of(state: State) -> dict[str, list[Any]]:
+def leaves_of(state: Any) -> dict[str, list[Any]]:
     """Dtype and shape of each array by its path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), *leaf.shape]

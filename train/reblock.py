@@ -14,7 +14,7 @@ from optax_subspace import Quantized, dequantize, quantize
 from train.step import State
 
 
-def is_stored(x: Any) -> bool:
+def _is_stored(x: Any) -> bool:
     """Whether `x` is a node of blocks."""
     return isinstance(x, Quantized)
 
@@ -38,14 +38,14 @@ def _beside(saved: Any, ours: Any) -> jax.ShapeDtypeStruct:
 
 def encoded_as(state: State, ours: State) -> State:
     """The values of `state` in the blocks of the shapes `ours`, one leaf after the other."""
-    nodes = lambda tree: jax.tree.leaves(tree, is_leaf=is_stored)
-    structure = jax.tree.structure(ours, is_leaf=is_stored)
+    nodes = lambda tree: jax.tree.leaves(tree, is_leaf=_is_stored)
+    structure = jax.tree.structure(ours, is_leaf=_is_stored)
     pairs = zip(nodes(state), nodes(ours), strict=True)
     return jax.tree.unflatten(structure, [_encoded_as(x, y) for x, y in pairs])
 
 
 def _encoded_as(saved: Any, ours: Any) -> Any:
-    if not is_stored(ours) or saved.layout == ours.layout:
+    if not _is_stored(ours) or saved.layout == ours.layout:
         return saved
 
     def again(codes: jax.Array, scales: jax.Array) -> Any:

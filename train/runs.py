@@ -13,6 +13,7 @@ from optax_subspace import dequantize
 from train import cache, weights
 from train.config import LoraConfig
 from train.errors import UsageError, one_line
+from train.fingerprint import leaves_of
 from train.step import kernels_in_int8, with_adapters, without_adapters
 from train.tokenizer import BYTES, Tokenizer, open_tokenizer, start_of
 
@@ -88,13 +89,11 @@ def _restore(place: Path) -> tuple[dict[str, Any], Any]:
         meta = reader.restore(place, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     config = meta["config"]
     shapes = jax.eval_shape(lambda: _params(config, meta.get("shards", 1)))
-    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": shapes}):
+    for name, leaf in leaves_of({"params": shapes}).items():
         # Orbax would cast to other dtypes without a word.
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if meta["leaves"].get(name) != [str(leaf.dtype), *leaf.shape]:
+        if meta["leaves"].get(name) != leaf:
             raise ValueError(
-                f"it holds {name} as {meta['leaves'].get(name)} where this program has "
-                f"{[str(leaf.dtype), *leaf.shape]}"
+                f"it holds {name} as {meta['leaves'].get(name)} where this program has {leaf}"
             )
     on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
