@@ -108,12 +108,18 @@ SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
 
 
 def noisy_gradients(step):
-    """Gradients with a decaying spectrum that turns from step to step."""
+    """Gradients of other singular vectors at each step, with singular values well apart.
+
+    (Where two are close, rounding alone turns their vectors, by more on some machines.)
+    """
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), len(SHAPES))
-    spectrum = lambda n: jnp.arange(1, n + 1) ** -0.7
+
+    def gradient(key, shape):
+        u, v = (jnp.linalg.qr(jax.random.normal(key, (n, min(shape))))[0] for n in shape)
+        return (u * 0.85 ** jnp.arange(min(shape))) @ v.T
+
     return {
-        name: jax.random.normal(key, shape) * spectrum(shape[1]) * spectrum(shape[0])[:, None]
-        for (name, shape), key in zip(SHAPES.items(), keys, strict=True)
+        name: gradient(key, shape) for (name, shape), key in zip(SHAPES.items(), keys, strict=True)
     }
 
 
