@@ -12,7 +12,7 @@ from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan
 from optax_subspace._projected import is_projected
-from optax_subspace._projection import from_matrices, largest, lift, to_matrices
+from optax_subspace._projection import from_matrices, largest, lift, stored_as, to_matrices
 from optax_subspace._projection_state import ProjectionState
 from optax_subspace._projectors import Projector, random_projection, svd
 from optax_subspace._projectors._base import transformation
@@ -156,7 +156,7 @@ def scale_by_subspace_norms(
         for gradient, leaf, low, ok in zip(leaves, handed, lows, used, strict=True):
             path, gradient = leaf.plan.path, jnp.asarray(gradient)
             if not leaf.plan.projected:
-                found.append((jnp.where(ok, low, 0) * step_size).astype(leaf.dtype_out))
+                found.append(stored_as(jnp.where(ok, low, 0) * step_size, leaf.dtype_out))
                 continue
             # (The gradient itself is not finite where it is skipped.)
             matrices = jnp.where(ok, to_matrices(gradient.astype(low.dtype), leaf.plan), 0)
@@ -164,7 +164,8 @@ def scale_by_subspace_norms(
                 matrices, jnp.where(ok, low, 0), leaf, per, residual, growth, norms[path]
             )
             norms[path] = jnp.where(ok, norm.astype(jnp.float32), norms[path])
-            found.append(from_matrices(update * step_size, leaf.plan).astype(leaf.dtype_out))
+            update = from_matrices(update * step_size, leaf.plan)
+            found.append(stored_as(update, leaf.dtype_out))
         return structure.unflatten(found), GradientScalingState(projection, inner_state, norms)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -19,6 +19,13 @@ def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def stored_as(update: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """An update in the gradient's dtype; in float16 within it, where a cast may give infinity."""
+    if dtype == jnp.float16:
+        update = jnp.clip(update, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
+    return update.astype(dtype)
+
+
 def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     """The largest magnitude over ``axes``, which stay as ones; a scalar without.
 

@@ -19,6 +19,7 @@ from optax_subspace._projection import (
     from_matrices,
     lift,
     project,
+    stored_as,
     to_matrices,
 )
 from optax_subspace._projection_state import ProjectionState
@@ -127,9 +128,7 @@ def _full_update(update: jax.Array, leaf: LowRankUpdate) -> jax.Array:
     def to_full(update):
         if leaf.plan.projected:
             update = from_matrices(lift(update * leaf.factor, leaf.bases, leaf.plan), leaf.plan)
-        if leaf.dtype_out == jnp.float16:  # in which finite numbers may be infinite
-            update = jnp.clip(update, jnp.finfo(jnp.float16).min, jnp.finfo(jnp.float16).max)
-        return update.astype(leaf.dtype_out)
+        return stored_as(update, leaf.dtype_out)
 
     if leaf.ready is None:
         return to_full(update)

@@ -211,6 +211,14 @@ def test_no_gradient_is_too_small_or_large(size):
     chex.assert_trees_all_close(updates, gradient, rtol=1e-4)
 
 
+def test_updates_beyond_float16_are_its_largest_numbers():
+    gradients = {"w": jnp.full((6, 5), 30000, jnp.float16), "b": jnp.full(3, 30000, jnp.float16)}
+    tx = osub.scale_by_subspace_norms(optax.scale(4.0), rank=2)
+    updates, _ = tx.update(gradients, tx.init(gradients))
+    for update in updates.values():
+        assert jnp.all(update == jnp.finfo(jnp.float16).max)
+
+
 def test_layers_within_the_backward_pass():
     """`fused_backward` takes it: leaves are kept apart."""
     key = jax.random.key(0)

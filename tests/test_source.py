@@ -100,7 +100,7 @@ FAST = {
     ("svd", "left"),
     ("subspace_iteration", "right"),
     ("online_pca", "both"),
-    ("history_pca", "left"),
+    ("from_iteration", "left"),
 }
 
 

@@ -190,7 +190,9 @@ def basis_of(rule: Projector, gradient: jax.Array, basis: jax.Array) -> jax.Arra
     """The basis ``(m, r)`` that a rule begins with, whose own state nobody keeps."""
     m, n = gradient.shape
     state = rule.init(jax.random.key(0), m, n, basis.shape[1])
-    return rule.update(gradient, basis, varying_as(state, (gradient, basis)))[0]
+    # (A product, since at the source a gradient may be known by its products alone.)
+    like = (gradient @ jnp.zeros((n, 1), basis.dtype), basis)
+    return rule.update(gradient, basis, varying_as(state, like))[0]
 
 
 # The axis of `jax.vmap` over which the layers of a fused backward pass are initialised.
