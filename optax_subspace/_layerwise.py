@@ -309,6 +309,10 @@ def fused_backward(
 
         def update_layer(i, layer, gradients, source, carry):
             stack, inner, total = carry
+            # XLA:TPU would keep a copy of the layer for it, from the forward pass on, where it can
+            # read the stack again.
+            i = jax.lax.platform_dependent(i, tpu=jax.lax.optimization_barrier, default=lambda i: i)
+            layer = slice_of(stack, i)
             layer, one = update(layers, i, layer, gradients, slice_of(inner, i), source)
             if grad_norm and not two_passes:
                 total += squared(gradients)
