@@ -12,6 +12,7 @@ import optax
 
 from optax_subspace._blocks import dequantize, storage_of, zeros
 from optax_subspace._describe import record, warn_about_rules
+from optax_subspace._each_slice import compiled_alone
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan
 from optax_subspace._plan import plan as plan_tree
@@ -29,7 +30,6 @@ from optax_subspace._refresh import (
     Refreshed,
     Turn,
     adopt,
-    compiled_alone,
     follow,
     follow_product,
     joined,
