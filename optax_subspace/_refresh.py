@@ -59,7 +59,11 @@ def turned(squared: bool | None, plan: LeafPlan, moment: jax.Array, turn: Turn) 
     Whether it holds squares is told by the numbers themselves if ``squared`` is None.
 
     With ``E[(sum_j c_j x_j)^2] = sum_j c_j^2 E[x_j^2]`` for coordinates that are uncorrelated, as
-    those in singular vectors are, second moments take the squared weights.
+    those in singular vectors are, second moments take the squared weights. These add up to less
+    than one for a vector that is not of the old span: for the rest it takes over the second moment
+    of the vector in whose place it is. With nothing for it, second moments would fade from turn to
+    turn, and Adam's steps grow, since its correction for moments that begin at zero is over. With
+    more than one, from bases in few bits, they would grow.
     """
     if turn.rotations is None:
         return jnp.where(turn.done[..., None, None], 0, moment)
@@ -70,7 +74,10 @@ def turned(squared: bool | None, plan: LeafPlan, moment: jax.Array, turn: Turn) 
             squares = jnp.all(new >= 0) if squared is None else squared
             for side, rotation in zip(plan.sides, rotations, strict=True):
                 weights = jax.lax.dynamic_index_in_dim(rotation, i, keepdims=False)
-                weights = jnp.where(squares, weights**2, weights)
+                shares = weights**2
+                known = jnp.sum(shares, axis=1, keepdims=True)
+                shares = shares / jnp.maximum(known, 1) + jnp.diag(jnp.maximum(1 - known[:, 0], 0))
+                weights = jnp.where(squares, shares, weights)
                 new = weights @ new if side == "left" else new @ weights.T
             return jax.lax.dynamic_update_index_in_dim(moments, new.astype(moments.dtype), i, 0)
 

@@ -183,9 +183,11 @@ def scale_by_subspace(
         projector's period, so that no step is much longer than another. All first bases come with
         the first gradient.
       moments: what becomes of the moments when a basis changes: ``keep`` leaves their numbers as
-        they are (GaLore), ``project`` turns them into the new basis (:math:`P'^\top P M`, second
-        moments with the squared weights), ``reset`` sets them to zero. Arrays of the inner state
-        that do not have the subspace's shape are always kept.
+        they are (GaLore), ``project`` turns them into the new basis (:math:`P'^\top P M`; second
+        moments with the squared weights, and for what is not of the old span with those of the
+        vector replaced), ``reset`` sets them to zero, after which Adam's steps are up to
+        :math:`(1 - \beta_1) / \sqrt{1 - \beta_2}` times too long, since its count of steps goes on.
+        Arrays of the inner state that do not have the subspace's shape are always kept.
       accumulate: number of micro-batches whose gradients make one step. Their low-rank gradients
         are averaged in a buffer of subspace shape; all updates but those of the last are zero.
         Bases change on the first micro-batch of a step (and follow the last), the projector's

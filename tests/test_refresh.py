@@ -121,7 +121,11 @@ def test_moments_across_a_refresh(moments, side):
             return np.zeros_like(moment)
         if moments == "keep":
             return moment
-        weights = [t**2 if squared else t for t in turns]
+        # Of what is new in a vector, second moments take the one in whose place it is.
+        known = lambda t: (t**2).sum(1, keepdims=True)
+        rest = lambda t: np.diag(np.maximum(1 - known(t)[:, 0], 0))
+        shares = lambda t: t**2 / np.maximum(known(t), 1) + rest(t)
+        weights = [shares(t) if squared else t for t in turns]
         if side != "right":
             moment = weights[0] @ moment
         if side != "left":
@@ -132,6 +136,36 @@ def test_moments_across_a_refresh(moments, side):
     nu = 0.9 * carried(before.inner.nu["w"], True) + 0.1 * low**2
     np.testing.assert_allclose(after.inner.mu["w"], mu, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(after.inner.nu["w"], nu, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "side", "storage"),
+    [
+        (osub.history_pca(), "left", None),
+        (osub.history_pca(), "both", "linear4"),
+        (osub.svd(5), "left", None),
+    ],
+)
+def test_second_moments_that_are_turned_neither_fade_nor_grow(rule, side, storage):
+    """With gradients of one distribution Adam's steps are about as large as without turning."""
+    params = {"w": jnp.zeros((20, 24))}
+    signal = jnp.outer(jnp.sin(jnp.arange(20.0)), jnp.cos(jnp.arange(24.0))) / 15
+
+    def size(moments):
+        inner = optax.scale_by_adam(b2=0.99)
+        settings = dict(side=side, moments=moments, projector_dtype=storage)
+        tx = osub.scale_by_subspace(inner, rank=4, projector=rule, **settings)
+
+        def step(state, key):
+            noise = 0.3 * jax.random.normal(key, (20, 24))
+            updates, state = tx.update({"w": signal + noise}, state)
+            return state, optax.tree.norm(updates)
+
+        keys = jax.random.split(jax.random.key(0), 300)
+        return jax.jit(lambda: jax.lax.scan(step, tx.init(params), keys)[1])()[250:].mean()
+
+    # (What was momentum outside of the new span is gone, and steps with it a little smaller.)
+    assert 0.7 < size("project") / size("keep") < 1.25
 
 
 def test_projected_momentum_keeps_what_both_subspaces_share():
