@@ -141,8 +141,12 @@ class Llama(nnx.Module):
 
         With `segments` (B, S), tokens of one number are a sequence of their own.
         """
-        x = self.norm(self.stack(self.embed(tokens), segments))
+        x = self.hidden(tokens, segments)
         return jnp.dot(x, self.head_kernel(), preferred_element_type=jnp.float32)
+
+    def hidden(self, tokens: Array, segments: Array | None = None) -> Array:
+        """What the head reads: (B, S) int32 -> (B, S, d)."""
+        return self.norm(self.stack(self.embed(tokens), segments))
 
     def loss(
         self,
@@ -162,7 +166,7 @@ class Llama(nnx.Module):
         Returns:
           The float32 mean over unmasked positions (zero if there are none) and their number.
         """
-        x = self.norm(self.stack(self.embed(inputs), segments))
+        x = self.hidden(inputs, segments)
         return head_loss(self.config, self.head_kernel(), x, targets, mask)
 
     def stack(self, x: Array, segments: Array | None = None) -> Array:

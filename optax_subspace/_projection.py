@@ -31,7 +31,8 @@ def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
 
     It is never zero: the squares of what is divided by it neither overflow nor vanish.
     """
-    found = jnp.max(jnp.abs(x), axis=axes, keepdims=axes is not None)
+    # (Of no numbers at all, as of a batch without tokens, it has an initial one.)
+    found = jnp.max(jnp.abs(x), axis=axes, keepdims=axes is not None, initial=0)
     return jnp.maximum(found, jnp.finfo(x.dtype).tiny)
 
 

@@ -19,6 +19,7 @@ from optax_subspace._leaves import LeafPlan, leaf_names
 from optax_subspace._projected import Projected, SourceBasis
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import LeafBasis, ProjectionState, check_state
+from optax_subspace._projectors._base import NO_GRADIENT
 from optax_subspace._schedule import LOOK_EVERY, NEVER, UNLESS_LOST
 from optax_subspace._source_check import (
     Held,
@@ -113,6 +114,10 @@ def subspace_value_and_grad(
         with at_source.explained():
             value, cotangents = differentiate(*parts)
             at_source.check(lambda tree: fun(tree, *args, **kwargs))
+        if has_aux:
+            is_kernel = lambda x: isinstance(x, SourceKernel)
+            array = lambda x: x.weight if is_kernel(x) else x
+            value = value[0], jax.tree.map(array, value[1], is_leaf=is_kernel)
         scalar = value[0] if has_aux else value
         cotangents = along_no_other_axes(cotangents[0], probes, scalar), cotangents[1]
         return value, *at_source.collect(*cotangents)
@@ -212,7 +217,8 @@ class AtSource:
         source = {
             name: SourceBasis(
                 found.products,
-                found.energies,
+                # Nothing has passed by a kernel that was not used.
+                tuple(jnp.where(found.uses > 0, e, NO_GRADIENT) for e in found.energies),
                 found.bases,
                 from_floats(found.rules, self._kernels[name].rules) if found.bases else (),
                 found.done > 0,

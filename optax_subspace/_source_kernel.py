@@ -161,6 +161,9 @@ def source_dot_general(
     m = math.prod(x.shape[len(free) :])
     rows = x.reshape(math.prod(x.shape[: len(free)]), m)
     matrix = rhs.weight.transpose(*how.reduction, *how.output).reshape(m, -1)
+    if precision is None:
+        # That of the context, which has ended when the backward pass is traced.
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     settings = Settings(how, precision, preferred_element_type)
     out = product(settings, rows, matrix, (rhs.bases, rhs.rules, rhs.due), rhs.probe)
     out = out.reshape(*(lhs.shape[a] for a in free), *sizes)

@@ -429,14 +429,15 @@ def test_a_basis_that_has_lost_its_gradient_is_found_anew(rule):
 
 def test_aux_and_steps_to_refresh():
     params, tx = kernels(a=(12, 20)), osub.galore(0.1, 3, every=5)
-    fun = lambda p, x: (jnp.sum(x @ p["a"]), x.shape)
+    fun = lambda p, x: (jnp.sum(x @ p["a"]), (x.shape, p))
     grad = osub.subspace_value_and_grad(fun, tx, has_aux=True)
     state, left = tx.init(params), []
     for _ in range(7):
         left.append(int(osub.steps_to_refresh(state)))
         (_, aux), gradients, source = grad(params, state, jnp.ones((8, 12)))
         _, state = tx.update(gradients, state, params, source=source)
-    assert left == [0, 4, 3, 2, 1, 0, 4] and aux == (8, 12)
+    assert left == [0, 4, 3, 2, 1, 0, 4] and aux[0] == (8, 12)
+    np.testing.assert_array_equal(aux[1]["a"], params["a"])
     assert int(osub.steps_to_refresh(optax.sgd(0.1).init(params))) == np.iinfo(np.int32).max
 
 
@@ -644,6 +645,40 @@ def test_a_batch_without_a_gradient_leaves_a_basis_that_follows_alone():
     assert int(state[0].projection.leaves["w"].refreshes) == 1
 
 
+@pytest.mark.parametrize("rule", [osub.history_pca(), osub.svd(4)])
+def test_a_kernel_that_a_step_does_not_use_keeps_its_basis(rule):
+    """As a layer that is dropped, or the other branch of a `cond`."""
+    params = kernels(a=(12, 20))
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, projector=rule, side="left")
+
+    def loss(params, x, skip):
+        out = jax.lax.cond(skip, lambda x: jnp.zeros((16, 20)), lambda x: x @ params["a"], x)
+        return jnp.mean((jnp.sin(out) - 1) ** 2)
+
+    @jax.jit
+    def at_source(state, x, skip):
+        _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, state, x, skip)
+        return tx.update(gradients, state, params, source=source)
+
+    @jax.jit
+    def afterwards(state, x, skip):
+        return tx.update(jax.grad(loss)(params, x, skip), state, params)
+
+    ours = theirs = tx.init(params)
+    for i in range(13):
+        x = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (16, 12))
+        update, ours = at_source(ours, x, i in (3, 4, 5))
+        expected, theirs = afterwards(theirs, x, i in (3, 4, 5))
+        assert_close(update, expected)
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: jnp.allclose(a, b, atol=1e-4),
+            ours.projection.leaves["a"]._asdict(),
+            theirs.projection.leaves["a"]._asdict(),
+        )
+    )
+
+
 def test_dtypes_of_the_input():
     """Integers, booleans and shorter floats are as exact as afterwards; complex ones refused."""
     params = kernels(a=(8, 12))
@@ -659,14 +694,23 @@ def test_dtypes_of_the_input():
         expected = update(jax.grad(fun)(params, given), state, params)[0]
         assert_close(update(gradients, state, params, source=source)[0], expected)
         assert jnp.any(expected["a"])
-    assert after(params, state, x[:0])[1]["a"].low.shape == (3, 12)
+    for without_tokens in (after, grad):
+        assert without_tokens(params, state, x[:0])[1]["a"].low.shape == (3, 12)
     with pytest.raises(TypeError, match="not for a product with complex64 numbers"):
         after(params, state, x + 1j)
 
 
-def test_the_low_rank_products_have_the_precision_of_their_layer():
+def in_context(x, kernel):
+    with jax.default_matmul_precision("highest"):
+        return x @ kernel
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [lambda x, k: osub.source_dot_general(x, k, (((1,), (0,)), ((), ())), "highest"), in_context],
+)
+def test_the_low_rank_products_have_the_precision_of_their_layer(layer):
     params, tx = kernels(a=(8, 12)), osub.galore(0.1, 3, side="left")
-    layer = lambda x, k: osub.source_dot_general(x, k, (((1,), (0,)), ((), ())), "highest")
     grad = osub.subspace_value_and_grad(lambda p, x: jnp.sum(layer(x, p["a"])), tx, refresh=False)
     program = jax.jit(grad).lower(params, tx.init(params), jnp.ones((4, 8))).as_text()
     products = [line for line in program.splitlines() if "dot_general" in line]

@@ -8,8 +8,8 @@ import pytest
 from models.config import LlamaConfig
 from optax_subspace import steps_to_refresh
 from optax_subspace._schedule import LOOK_EVERY
-from tests.train_helpers import TINY, pair, write_text
-from train import records, source, step
+from tests.train_helpers import TINY, batch_shapes, pair, write_text
+from train import gradient, memory, records, source, step
 from train.cli import main, parse
 from train.config import Config, OptimizerConfig, resolve
 from train.errors import Interrupted, UsageError
@@ -65,6 +65,22 @@ def test_steps_equal_those_that_project_afterwards(name):
     )
     left = int(steps_to_refresh(state.opt_state))
     assert left == (1 if name.startswith("galore") else -len(WINDOWS) % LOOK_EVERY)
+
+
+def test_predicted_memory_has_no_full_gradients():
+    options = resolve(Config(optimizer=OptimizerConfig(rank=8, every=3, clip_norm=None))).optimizer
+    optimizer = make(options, 20)
+    state = jax.eval_shape(lambda: step.init_state(MODEL, optimizer, jax.random.key(0)))
+    loss, batch = gradient.make_loss(MODEL, optimizer), batch_shapes(4, 16)
+    full = memory.predict(state, batch, loss).gradients
+    found = source.found(MODEL, optimizer, state, batch)
+    low = memory.predict(state, batch, loss, found=found).gradients
+    kernels = [x for x in jax.tree.leaves(state.params["layers"]) if x.ndim == 3]
+    whole = sum(memory.tree_bytes(x) for x in kernels)
+    # Of each kernel (L, m, n) there is R, (L, r, n), and the new basis, (L, m, r); the seed and
+    # some numbers of each slice come with them.
+    low_rank = sum(4 * x.shape[0] * 8 * sum(x.shape[1:]) for x in kernels)
+    assert low_rank <= low - (full - whole) < 1.05 * low_rank < 0.6 * whole
 
 
 @pytest.mark.slow

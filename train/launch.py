@@ -96,9 +96,13 @@ def run(command: Command) -> None:
     loss_fn = make_loss(config.model, optimizer)
     parts = pieces(config.model) if is_fused else None
     remat, frozen = config.model.remat, config.lora.freeze
-    predicted = memory.predict(shapes, batch, loss_fn, parts, remat, frozen, work)
+    found, of_gradients = None, "of the largest part" if is_fused else "one full tree"
+    if config.train.project_at_source and not is_fused:
+        found = source.found(config.model, optimizer, shapes, batch)
+        of_gradients = "low-rank, with what the bases need"
+    predicted = memory.predict(shapes, batch, loss_fn, parts, remat, frozen, work, found)
     measured = memory.measure(train_step, shapes)
-    report.print_memory(screen, predicted, measured, is_fused)
+    report.print_memory(screen, predicted, measured, of_gradients)
 
     if config.model.dtype == "float16" and not is_fused:
         screen.say(

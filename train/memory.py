@@ -25,8 +25,8 @@ class Predicted(NamedTuple):
     """Bytes that follow from shapes and dtypes alone."""
 
     weights: int
-    # One full tree, in a fused step of its largest part; of int8 weights, as arrays. Micro-batches
-    # are added up in a second one, in float32.
+    # One full tree, in a fused step of its largest part, at the source low-rank ones; of int8
+    # weights, as arrays. Micro-batches are added up in a second full one, in float32.
     gradients: int
     activations: int  # kept for the backward pass; a block that is recomputed is not counted
     optimizer_state: int
@@ -78,12 +78,14 @@ def predict(
     remat: bool = False,
     frozen: Frozen = "nothing",
     work: Work = ALONE,
+    found: Any = None,
 ) -> Predicted:
     """Bytes by part on one device; `state` and `batch` may be shapes only, with their shardings.
 
     `loss_fn` is the function of parameters and a batch that the step differentiates. A fused
     backward pass takes the model by its `parts`, and keeps of its layers their inputs alone with
-    `remat`. What is frozen has no gradient.
+    `remat`. What is frozen has no gradient. `found` are the shapes of what a backward pass finds in
+    place of gradients, which the state adds up over micro-batches (`train.source.found`).
     """
     arrays = jax.eval_shape(dequantize, state.params)
     plain = jax.eval_shape(without_adapters, arrays)
@@ -91,8 +93,10 @@ def predict(
     whole_batch, batch = batch, _at_a_time(batch, work)
     trained = functools.partial(lora.trained, frozen=frozen)
     if parts is None:
-        gradients, activations = tree_bytes(trained(own)), _saved_bytes(loss_fn, arrays, batch)
-        if work.micro_batch_size and work.micro_batch_size < whole_batch.inputs.shape[0]:
+        gradients = tree_bytes(trained(own) if found is None else found)
+        activations = _saved_bytes(loss_fn, arrays, batch)
+        size = work.micro_batch_size
+        if found is None and size and size < whole_batch.inputs.shape[0]:
             gradients += sum(4 * math.prod(x.shape) for x in trained(own))
     else:
         layers = jax.eval_shape(lambda p: jax.tree.map(lambda x: x[0], p["layers"]), arrays)

@@ -43,9 +43,12 @@ def print_projection(screen: Screen, optimizer: Optimizer, params: Any) -> None:
 
 
 def print_memory(
-    screen: Screen, predicted: Predicted, measured: Measured | None, fused: bool = False
+    screen: Screen,
+    predicted: Predicted,
+    measured: Measured | None,
+    gradients: str = "one full tree",
 ) -> None:
-    """The table of memory, predicted and as compiled."""
+    """The table of memory, predicted and as compiled, with what there is of gradients."""
     share = predicted.optimizer_state / predicted.adamw_state
 
     def row(part: str, name: str, note: str = "") -> list[str]:
@@ -65,7 +68,7 @@ def print_memory(
             f"AdamW's would be {mebibytes(predicted.adamw_state)} (this is {share:.1%})",
         ),
         row("batch and counter", "batch"),
-        row("gradients", "gradients", "of the largest part" if fused else "one full tree"),
+        row("gradients", "gradients", gradients),
         row("activations", "activations", "kept for the backward pass"),
         row("temporaries", "temporaries", "gradients, activations and, compiled, all other work"),
         row("= peak of a step", "total"),

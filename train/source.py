@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from models import llama
 from models.config import LlamaConfig
 from optax_subspace import (
     FusedStep,
@@ -16,9 +18,10 @@ from optax_subspace import (
     steps_to_refresh,
     subspace_value_and_grad,
 )
+from train.batches import Batch
 from train.config import Config
 from train.errors import UsageError
-from train.gradient import Weighted, make_loss, micro_batches
+from train.gradient import Weighted, micro_batches, over_rows_mean, trained_by
 from train.mesh import ALONE, Mesh, Work
 from train.optimizer import Optimizer
 from train.step import Metrics, State, everywhere, make_train_step
@@ -67,7 +70,7 @@ def make_source_step(
     if split and model.attention == "auto" and jax.default_backend() == "cpu":
         # The form that is fastest on a CPU goes through the rows one by one, wherever they are.
         model = dataclasses.replace(model, attention="einsum")
-    loss_fn, tx = make_loss(model, optimizer), optimizer.tx
+    loss_fn, tx = _make_loss(model, optimizer, work), optimizer.tx
     weighted = lambda params, part: loss_fn(params, part.batch) * part.weight
     gradient = subspace_value_and_grad(weighted, tx, refresh=refresh)
 
@@ -96,6 +99,36 @@ def make_source_step(
 
     out = None if shardings is None else (shardings, everywhere(work))
     return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def found(model: LlamaConfig, optimizer: Optimizer, state: State, batch: Batch) -> Any:
+    """Shapes of the gradients of a refreshing step, and of what comes with them for the bases."""
+    gradient = subspace_value_and_grad(_make_loss(model, optimizer, ALONE), optimizer.tx)
+    weights = jax.eval_shape(dequantize, state.params)
+    return jax.eval_shape(gradient, weights, state.opt_state, batch)[1:]
+
+
+def _make_loss(
+    model: LlamaConfig, optimizer: Optimizer, work: Work
+) -> Callable[[Any, Batch], jax.Array]:
+    """As `train.gradient.make_loss`, whose gradients the compiler adds up over the devices.
+
+    The head's loss alone is each device's own, by its rows: going through all tokens chunk by
+    chunk, it would gather them.
+    """
+    definition, trained = llama.graphdef(model), trained_by(optimizer)
+
+    def head(rest: Any, x: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return llama.head_loss(model, rest["head"]["kernel"], x, batch.targets, batch.mask)
+
+    mean = over_rows_mean(work.mesh, head)
+
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        merged = llama.merge(definition, trained(params))
+        x = merged.hidden(batch.inputs, batch.segments)
+        return mean({"head": {"kernel": merged.head_kernel()}}, x, batch)[0]
+
+    return loss
 
 
 class SourceSteps:
