@@ -50,7 +50,6 @@ def methods(
             rank,
             # (An exact decomposition for the first basis would be most of the compilation.)
             projector=osub.history_pca(first=osub.subspace_iteration()),
-            moments="project",
             **eight_bits,
         ),
     }

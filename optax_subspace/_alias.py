@@ -134,7 +134,7 @@ def online_subspace_descent(
     inner: optax.GradientTransformation | None = None,
     projector_dtype: Any = None,
     stagger: bool | None = None,
-    moments: str | None = None,
+    moments: str = "keep",
     accumulate: int | None = None,
     seed: int | None = None,
     weight_decay: float = 0.0,
@@ -154,14 +154,12 @@ def online_subspace_descent(
     Args:
       learning_rate: step size :math:`\eta`, a number or a schedule.
       rank: dimension of the subspace.
-      projector: the rule; :func:`history_pca` by default, with ``moments="project"``: of all rules
-        that follow, the two together gave the lowest loss of a small LLaMA, and captured most of
-        its gradients but for the rule alone. :func:`online_pca` as published, :func:`oja`, or one
-        of your own.
+      projector: the rule; :func:`history_pca` by default, which of all that follow captured most of
+        the gradients of a small LLaMA and gave the lowest loss. :func:`online_pca` as published,
+        :func:`oja`, or one of your own.
       scale: factor :math:`\alpha` on the lifted update.
-      moments: ``keep``, ``project`` or ``reset``; by default ``project`` with the default rule and
-        ``keep``, as published, with another.
-      side, rules, projector_dtype, stagger, accumulate, seed: see :func:`scale_by_subspace`.
+      side, rules, projector_dtype, stagger, moments, accumulate, seed: see
+        :func:`scale_by_subspace`.
       inner: transformation in the subspace, Adam with ``eps=1e-6`` by default; without sign and
         learning rate of its own, see :func:`galore`.
       weight_decay: decoupled decay :math:`\lambda`, in full space and times the learning rate.
@@ -184,8 +182,6 @@ def online_subspace_descent(
       >>> updates["w"].shape
       (8, 4)
     """
-    if moments is None:
-        moments = "project" if projector is None else "keep"
     return _optimizer(
         scale_by_hamiltonian_descent(adam_kinetic(eps=1e-6)) if inner is None else inner,
         learning_rate,

@@ -42,7 +42,7 @@ RULES = {
     "history, micro-batches": osub.history_pca(),
 }
 SETTINGS = {
-    "history, moments turned": {"moments": "project"},  # as online_subspace_descent has it
+    "history, moments turned": {"moments": "project"},
     "history, micro-batches": {"moments": "project", "accumulate": 2},
 }
 STORED = {"left by columns": 8, "right by rows": 1, "experts": 8}  # shards

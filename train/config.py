@@ -56,8 +56,7 @@ class OptimizerConfig:
     these instead of Adam. None is the optimizer's own: svd, online_subspace_descent: history_pca,
     apollo: random_projection of independent entries"""
     moments: Literal["keep", "project", "reset"] | None = None
-    """In a subspace: what becomes of the moments when a basis changes; None keeps them, and
-    projects them beside the own projector of online_subspace_descent"""
+    """In a subspace: what becomes of the moments when a basis changes; None keeps them"""
     every: int = 50
     """In a subspace, unless the projector follows every gradient: steps from one basis to the
     next"""
