@@ -34,6 +34,7 @@ class Sampling(NamedTuple):
     temperature: Array  # () float32; 0 takes the likeliest token
     top_k: Array  # () int32: only so many of the likeliest; the vocabulary's size for all
     top_p: Array  # () float32: only the likeliest that together have this probability
+    known: Array  # () int32: only ids below it
 
 
 def generate(
@@ -48,6 +49,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
+    known: int | None = None,
 ) -> list[np.ndarray]:
     """Continues prompts.
 
@@ -62,6 +64,8 @@ def generate(
       top_k: draws from so many of the likeliest tokens; None from all.
       top_p: draws from the likeliest tokens that together have this probability.
       seed: of the draws.
+      known: only ids below it are drawn, of a model with more of them than its tokenizer; None
+        draws all.
 
     Returns:
       The new ids of each prompt, without `end`.
@@ -87,6 +91,7 @@ def generate(
         jnp.float32(temperature),
         jnp.int32(config.vocab_size if top_k is None else min(top_k, config.vocab_size)),
         jnp.float32(top_p),
+        jnp.int32(config.vocab_size if known is None else known),
     )
     stop = jnp.int32(-1 if end is None else end)
     key = jax.random.key(seed)
@@ -180,10 +185,11 @@ def decode(
 def draw(logits: Array, sampling: Sampling, key: Array) -> Array:
     """One token (B,) int32 from logits (B, V) float32.
 
-    >>> greedy = Sampling(jnp.float32(0), jnp.int32(3), jnp.float32(1))
-    >>> draw(jnp.array([[0.0, 2.0, 1.0]]), greedy, jax.random.key(0)).tolist()
+    >>> greedy = Sampling(jnp.float32(0), jnp.int32(3), jnp.float32(1), jnp.int32(3))
+    >>> draw(jnp.array([[0.0, 2.0, 1.0, 4.0]]), greedy, jax.random.key(0)).tolist()
     [1]
     """
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < sampling.known, logits, -jnp.inf)
     likeliest = jnp.argmax(logits, axis=-1)
     scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
     order = jnp.argsort(-scaled, axis=-1)

@@ -115,8 +115,16 @@ def counts(sampling, scores, draws=4000):
     return np.bincount(found, minlength=len(scores)) / draws
 
 
-def sampling(temperature=1.0, top_k=5, top_p=1.0):
-    return Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+def sampling(temperature=1.0, top_k=5, top_p=1.0, known=5):
+    return Sampling(
+        jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.int32(known)
+    )
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_not_drawn():
+    scores = [0.0, 1.0, 0.5, 9.0, 9.0]
+    assert np.all(counts(sampling(known=3), scores)[3:] == 0)
+    assert np.argmax(counts(sampling(temperature=0.0, known=3), scores)) == 1
 
 
 def test_draws_have_the_distribution_that_is_asked_for():

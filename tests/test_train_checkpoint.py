@@ -88,6 +88,20 @@ def test_the_newest_is_restored_and_old_ones_go(saved, said):
     assert said == []
 
 
+def test_a_score_that_is_known_already_stays(tmp_path, said):
+    """A resumed run on other devices may score a checkpoint again, to other last bits."""
+    checkpoints = make(tmp_path, said)
+    for number, known in ((10, 2.0), (20, None)):
+        checkpoints.save(number, make_state(number), Position(number), known)
+        checkpoints.wait()
+        for score in (2.0, 2.0 + 1e-9):
+            checkpoints.rate(number, score)
+    assert checkpoints._scores() == {10: 2.0, 20: 2.0}
+    for number in (10, 20):
+        folder = checkpoints.path(number)
+        assert cache.damage(folder, folder / cache.MANIFEST) is None
+
+
 def test_the_best_are_kept_beside_the_newest(tmp_path, said):
     checkpoints = make(tmp_path, said, keep=1, keep_best=2)
     for number, score in ((10, 3.0), (20, 1.0), (30, None), (40, 2.0), (50, 2.5), (60, None)):

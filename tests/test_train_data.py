@@ -66,8 +66,9 @@ def test_documents_of_a_file_are_its_paragraphs(tmp_path):
         file.write_bytes(contents.encode())
         assert corpus.documents(str(file)) == ["A", "B"]
     file.write_bytes(b"\xef\xbb\xbfone")
-    (tmp_path / "two.txt").write_bytes(b"two\n")
-    assert corpus.documents(str(tmp_path)) == ["one", "two\n"]
+    (tmp_path / "two.txt").write_bytes(b"two\nof it\n")
+    (tmp_path / "windows.txt").write_bytes(b"two\r\nof it")
+    assert corpus.documents(str(tmp_path)) == ["one", "two\nof it", "two\nof it"]
 
 
 def test_unusable_text_is_one_line(tmp_path):

@@ -112,6 +112,27 @@ def test_paths_that_are_no_model(tmp_path, capsys):
     assert "choose one of tiny" in fail(capsys, ["--model", ""])
 
 
+def test_a_folder_without_a_tokenizer_takes_one_that_is_given(model, words, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "alone")
+    (tmp_path / "alone" / "tokenizer.json").unlink()
+    run = ["--model", str(tmp_path / "alone"), *words, "--run_dir", str(tmp_path / "run")]
+    assert "has no tokenizer.json or tokenizer.model; put" in fail(capsys, run)
+    run += ["--data.tokenizer", str(model), "--train.steps", "1"]
+    assert main(run) == 0
+
+
+def test_a_run_whose_weights_are_damaged_leaves_its_folder_free(model, words, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    run = ["--model", str(tmp_path / "cut"), *words, "--run_dir", str(tmp_path / "run")]
+    run += ["--train.steps", "1"]
+    assert "is damaged" in fail(capsys, run)
+    file.write_bytes(whole)
+    assert main(run) == 0
+
+
 def with_a_beginning(model, folder):
     """A copy of a model whose tokenizer sets the token of number 0 before each text."""
     shutil.copytree(model, folder)

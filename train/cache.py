@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def damage(folder: Path, manifest: Path) -> str | None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes `text` so that `path` holds all of it or what it held before, even after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = beside(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -92,6 +93,11 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """A name beside `path` that nobody else has: processes of two containers may share a number."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -63,7 +63,7 @@ class Checkpoints:
         """Steps that have a whole checkpoint, good or not, in order."""
         if not self._folder.is_dir():
             return []
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
 
     def path(self, step: int) -> Path:
         """Where a step's checkpoint is, as it was spelled on the command line."""
@@ -112,9 +112,13 @@ class Checkpoints:
         self._saving = self._thread.submit(self._complete, step, temporary, score)
 
     def rate(self, step: int, score: float) -> None:
-        """Notes the validation loss of a checkpoint that was saved before it was known."""
-        if processes.is_first() and (self._folder / str(step)).is_dir():
-            _write_score(self._folder / str(step), step, score)
+        """Notes the validation loss of a checkpoint that was saved before it was known.
+
+        One that it has is among its checksums, and stays.
+        """
+        folder = self._folder / str(step)
+        if processes.is_first() and folder.is_dir() and not (folder / _SCORE).exists():
+            _write_score(folder, step, score)
 
     def poll(self) -> None:
         """Raises what `wait` would, if the saving that was begun last has failed by now.

@@ -1,10 +1,12 @@
 """Writes the model of a run as a Hugging Face folder: python -m train.export RUN OUT [--step N].
 
 Adapters are merged into their kernels, factors multiplied out, int8 weights dequantised; the
-tokenizer's file goes beside. `transformers`, and `--model OUT` here, read the folder.
+tokenizer's file goes beside. `transformers`, and `--model OUT` here, read the folder. What stands
+before a text is the tokenizer's own then: packed documents followed the end of others.
 """
 
 import dataclasses
+import math
 import shutil
 import sys
 import tempfile
@@ -46,7 +48,7 @@ def export(arguments: Arguments) -> Path:
         raise UsageError(f"{run}: is no run, it has no checkpoints; give a run's folder")
     if out.exists():
         raise UsageError(f"{out}: is there already; give another folder")
-    if arguments.max_shard_gb <= 0:
+    if not 0 < arguments.max_shard_gb < math.inf:
         raise UsageError(f"--max_shard_gb {arguments.max_shard_gb}: give a number above 0")
     model = runs.load(arguments.run, arguments.step)
     try:

@@ -28,6 +28,7 @@ from train import (
 from train.checkpoint import Checkpoints
 from train.cli import Command
 from train.config import Config, flatten
+from train.errors import UsageError
 from train.fingerprint import fingerprint
 from train.gradient import make_loss
 from train.loop import Trainer
@@ -131,12 +132,13 @@ def run(command: Command) -> None:
             # (A run that ended before its first checkpoint may have been of another one.)
             place.describe(command)
         report.save_memory(place.memory, predicted, measured)
-        weights.keep_tokenizer(data.tokenizer, place.path, weights.context(config))
     trainer = Trainer(command, screen, place, checkpoints, optimizer, held_out, train_step, work)
     if state is None:
         first = config.weights and weights.read(config.weights, config.model, "--weights")
         state = initial(key, first or None)
         del first
+    if processes.is_first():
+        weights.keep_tokenizer(data.tokenizer, place.path, weights.context(config))
     try:
         trainer.train(state, stream)
     finally:
@@ -163,7 +165,13 @@ def _read(
     config: Config, screen: Screen
 ) -> tuple[corpus.Corpus, batches.HeldOut | batches.HeldOutRows, Any]:
     """The documents, those held out, and the batches."""
-    data = corpus.load(config.data, weights.tokenizer(config.weights), screen.say)
+    tokenizer = weights.tokenizer(config.weights)
+    if config.weights and tokenizer is None and config.data.tokenizer is None:
+        raise UsageError(
+            f"--model {config.weights}: the folder has no {' or '.join(weights.TOKENIZERS)}; put "
+            "the model's own there, or give --data.tokenizer"
+        )
+    data = corpus.load(config.data, tokenizer, screen.say)
     check_vocabulary(data.tokenizer, config.model.vocab_size, config.data.tokenizer or "None")
     held_out = batches.held_out(data, config.train.sequence_length)
     stream = batches.training(

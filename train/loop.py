@@ -88,6 +88,8 @@ class Trainer:
             self._evaluate_again(done, state, signals)
             for step in range(done + 1, steps + 1):
                 batch = self.mesh.put(self._take(stream, step, state, late))
+                if step == done + 1:
+                    self._compile(state, batch)
                 state, metrics = self.train_step(state, batch)
                 self._record(late)
                 self.checkpoints.poll()
@@ -118,6 +120,27 @@ class Trainer:
             self.screen.stop()
             speed = throughput.row(steps, done, self.clock, config)
             self._finish(steps, state, speed, signals)
+
+    def _compile(self, state: State, batch: Any) -> None:
+        """Runs once what comes between steps: a signal must not wait for a compiler.
+
+        (Of a program that is compiled ahead a call would not be the same program.)
+        """
+        config = self.config.train
+        with self.clock.paused():
+            for part in self.held_out.batches(config.batch_size, config.sequence_length, 1):
+                self.eval_step(state.params, self.mesh.put(part))
+            if config.eval_every < config.steps and self._has_gradients():
+                self.subspace_step(state, batch)
+            if self.config.log.hamiltonian:
+                self.hamiltonian_step(state, jnp.float32(0))
+            self.finite(state)
+
+    def _has_gradients(self) -> bool:
+        """Whether there is a gradient tree whose part in the subspaces can be measured."""
+        # (In a fused backward pass, and at the source, there is none.)
+        has_tree = not (self.config.train.fused_backward or self.config.train.project_at_source)
+        return self.optimizer.projects and has_tree
 
     def _take(self, stream: Any, step: int, state: State, late: tuple[int, Metrics] | None) -> Any:
         """The next batch; where the documents end badly, what was trained on is saved."""
@@ -221,9 +244,7 @@ class Trainer:
 
         Before the evaluation, which a run that goes on may have to repeat without the batch.
         """
-        # (In a fused backward pass, and at the source, there is no gradient tree to measure.)
-        has_tree = not (self.config.train.fused_backward or self.config.train.project_at_source)
-        if not (self.optimizer.projects and has_tree):
+        if not self._has_gradients():
             return ""
         found = self.subspace_step(state, batch)._asdict()
         row = {k: v.item() for k, v in found.items()}

@@ -214,7 +214,10 @@ def _on_c4(
             log={"every": 10, "print_every": 100},
         )
 
-    text = "--data.path 'c4-train.*.json.gz' --data.tokenizer spiece.model"
+    text = (
+        "--data.path 'c4-train.*.json.gz' --data.validation_path 'c4-validation.*.json.gz' "
+        "--data.tokenizer spiece.model"
+    )
     return name, Experiment(
         summary=f"{summary}, {row.steps:,} steps",
         command=f"python -m train --experiment {name} {text}",
@@ -279,11 +282,11 @@ def _fine_tuning(
 
     return name, Experiment(
         summary=f"{summary}, 1,250 steps of 8 x 512 tokens",
-        command=f"python -m train --experiment {name} --data.path examples.jsonl",
+        command=f"python -m train --experiment {name} --model PATH --data.path examples.jsonl",
         memory=_memory(name),
         result=result,
         delta=delta,
-        notes="Fine-tuning needs weights to begin with: --model gives them, from a folder",
+        notes="PATH is the folder of the weights to begin with",
         family="LOMO, fine-tuning",
         model=size,
     )

@@ -71,6 +71,7 @@ def sample(arguments: Arguments) -> list[str]:
             top_k=arguments.top_k,
             top_p=arguments.top_p,
             seed=arguments.seed,
+            known=tokenizer.vocab_size,
         )
     except ValueError as error:
         raise UsageError(f"{arguments.model}: {error}") from None

@@ -127,7 +127,7 @@ def _read_index(name: str, path: Path, place: Path, stamp: np.ndarray) -> Shard 
 
 
 def _write_index(place: Path, stamp: np.ndarray, contents: dict[str, Any]) -> None:
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    temporary = cache.beside(place)
     try:
         with open(temporary, "wb") as file:
             np.savez(file, stamp=stamp, **contents)

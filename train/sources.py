@@ -121,11 +121,10 @@ def documents(path: str | None, key: str = "--data.path") -> list[str]:
             "(.jsonl, .json.gz) or tfds:NAME, or leave it out for the embedded corpus"
         )
     files = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
-    texts = [_read(file, key) for file in files]
+    # Line ends don't tell copies apart: neither a file's last one nor those of Windows.
+    texts = [_read(file, key).replace("\r\n", "\n").strip("\n") for file in files]
     if place.is_file():
-        # Line ends don't tell copies apart: neither the file's last one nor those of Windows.
-        texts = re.split(r"\n(?:[ \t\r]*\n)+", f"\n{texts[0]}\n")
-        texts = [text.strip("\r\n") for text in texts]
+        texts = [t.strip("\n") for t in re.split(r"\n(?:[ \t]*\n)+", f"\n{texts[0]}\n")]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UsageError(

@@ -139,7 +139,7 @@ def read_lines(path: Path) -> list[Question]:
         if line.strip():
             try:
                 found.append(_question(json.loads(line)))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
                 raise UsageError(
                     f'--task {path}: line {number}: {reason}; give {{"prompt": TEXT, '
