@@ -214,7 +214,7 @@ class Subspace:
                 matrices = to_matrices(low, plan)
                 basis, before = self._refresh_leaf(plan, matrices, old, early, first)
                 bases = tuple(dequantize(b) for b in basis.bases)
-                if low_before is not None and low_before.size:
+                if low_before is not None:
                     bases = tuple(in_turn(b, low_before) for b in bases)
                 low = project(matrices, bases, plan)
             projected = low
@@ -253,6 +253,10 @@ class Subspace:
                     matrices,
                     projected,
                 )
+                if (plan.projector or self.projector).follow is not None:
+                    # What the rule needs of the gradient ends before the update begins.
+                    followed = dequantize(leaves[plan.path].bases[0])
+                    handed_on.low = in_turn(handed_on.low, followed)
             handed.append(handed_on)
         return handed, ProjectionState(steps, leaves, skipped, accumulated)
 

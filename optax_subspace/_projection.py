@@ -77,13 +77,15 @@ def lift(low: jax.Array, bases: tuple[Any, ...], plan: LeafPlan) -> jax.Array:
 
 
 @jax.jit
-def in_turn(basis: jax.Array, earlier: jax.Array) -> jax.Array:
-    """``basis``, in such a way that it can be used only when ``earlier`` is known.
+def in_turn(array: jax.Array, earlier: jax.Array) -> jax.Array:
+    """``array``, in such a way that it can be used only when ``earlier`` is known.
 
     XLA:CPU would take all leaves through one operation before the next one, and so hold the
     updates of all of them in memory at once. It keeps to dependences of data alone (barriers are
     gone by the time it orders operations), so here is one, on which no finite number depends. (It
     is a function of its own in traced programs, by whose name it can be told from a real one.)
     """
-    first, largest = earlier.ravel()[0], jnp.finfo(basis.dtype).max
-    return jnp.where(first != first, jnp.clip(basis, -largest, largest), basis)
+    if not earlier.size:
+        return array
+    first, largest = earlier.ravel()[0], jnp.finfo(array.dtype).max
+    return jnp.where(first != first, jnp.clip(array, -largest, largest), array)
