@@ -88,6 +88,8 @@ class Subspace:
         compile_rules(self.rules)  # raises for what are none
         self.projector, self.inner = projector, inner
         self.stagger, self.moments, self.accumulate, self.seed = stagger, moments, accumulate, seed
+        if not isinstance(seed, int | np.integer | jax.Array):
+            raise TypeError(f"seed must be an int, got {seed!r}")
         self.projector_dtype = projector_dtype
         self.called: set[Any] = set()  # see `compiled_alone`
         storage_of(projector_dtype)  # raises for what is none

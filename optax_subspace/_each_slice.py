@@ -27,7 +27,7 @@ def compiled_alone(method: Any) -> Any:
     @functools.wraps(method)
     def call(self: Any, plan: LeafPlan, *arguments: Any) -> Any:
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
-        if not traced:
+        if not traced and _is_hashable(plan):
             # One program for all leaves of a shape; an error is raised again, with the leaf's path.
             alike = dataclasses.replace(plan, path="", reason="", scale=None)
             called = getattr(self, "called", None)
@@ -39,6 +39,15 @@ def compiled_alone(method: Any) -> Any:
         return method(self, plan, *arguments)
 
     return call
+
+
+def _is_hashable(plan: LeafPlan) -> bool:
+    """Whether the functions of a rule that the plan has are, if any: objects may not be."""
+    try:
+        hash(plan)
+    except TypeError:
+        return False
+    return True
 
 
 def over_slices(function: Any, plan: LeafPlan, *arrays: Any) -> Any:

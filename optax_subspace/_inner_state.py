@@ -6,6 +6,7 @@ An inner state is any tree of arrays. Its parts that are shaped like the paramet
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_subspace._blocks import dequantize, is_quantized, quantize_like
-from optax_subspace._leaves import LeafPlan
+from optax_subspace._blocks import dequantize, is_quantized, quantize_like, without_variables
+from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._refresh import Turn, turned
 
 # The fields in which optax and its contrib package keep squares of gradients, and their means.
@@ -160,6 +161,33 @@ def keep_skipped(
     # (Random keys have a dtype that nothing can be cast to.)
     as_before = lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype)
     return map_leaves(by_leaf, of_tree, structure, new, old)
+
+
+@contextlib.contextmanager
+def refused_if_other(inner: Any, gradients: Any, state: Any) -> Iterator[None]:
+    """Says so where an error of ``inner.update`` comes of a state that was made for other leaves,
+    as those of another side are: bases tell sides of a square matrix apart no more than ranks."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        check_shapes(jax.eval_shape(inner.init, gradients), state, error)
+        raise
+
+
+def check_shapes(made: Any, state: Any, cause: Exception | None = None) -> None:
+    """Raises if arrays of a state have other shapes than those ``made`` with these settings."""
+    made, state = without_variables(made), without_variables(state)
+    made_like: Any = jax.tree.structure(made)
+    if made_like != jax.tree.structure(state):
+        return
+    pairs = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(made), strict=True)
+    for (path, has), needs in pairs:
+        if jnp.shape(has) != jnp.shape(needs):
+            raise ValueError(
+                f"the state of the inner transformation has {path_name(path)} of shape "
+                f"{jnp.shape(has)}, these settings need {jnp.shape(needs)}: initialise the state "
+                "with the same transformation and parameters"
+            ) from cause
 
 
 def turn_moments(

@@ -11,6 +11,7 @@ import optax
 from optax_subspace._blocks import dequantize, without_variables
 from optax_subspace._describe import planned
 from optax_subspace._leaves import LeafPlan, leaf_names
+from optax_subspace._projected import is_projected
 from optax_subspace._projection import compute_dtype, largest, project, to_matrices
 from optax_subspace._projection_state import LeafBasis, ProjectionState, plan_of
 
@@ -20,7 +21,8 @@ class SubspaceMetrics(NamedTuple):
 
     Attributes:
       captured_energy: float32 ``(*batch,)``, the part of the gradient's squared Frobenius norm
-        within the span of the basis, in [0, 1]; 0 for a gradient of zeros or without a basis.
+        within the span of the basis, in [0, 1]; 0 for a gradient of zeros or without a basis, NaN
+        for one that is :class:`Projected`, of which no more is known.
       drift: float32 ``(*batch,)``, one minus the mean squared cosine of the principal angles
         between the last two bases; 0 if the subspace stood still. (That of a rule that follows is
         measured at every tenth gradient of a leaf, unless moments are turned.)
@@ -46,7 +48,7 @@ def subspace_metrics(
       tx: the transformation that ``state`` is of; chains, masks and wrappers are looked into.
       state: its state; also a ``flax.training.TrainState``, or the ``opt_state`` of an NNX
         optimizer.
-      updates: gradients of the parameters' shapes.
+      updates: gradients of the parameters' shapes, or those of :func:`subspace_value_and_grad`.
 
     Returns:
       The metrics by the leaf's path.
@@ -64,8 +66,11 @@ def subspace_metrics(
       (1.0, 1)
     """
     updates, state = without_variables((updates, state))
+    whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_projected(x) else x
+    leaves = jax.tree.leaves(updates, is_leaf=is_projected)
+    updates = jax.tree.map(whole, updates, is_leaf=is_projected)
     plans, _ = planned(tx, updates)
-    gradients = dict(zip(leaf_names(updates), jax.tree.leaves(updates), strict=True))
+    gradients = dict(zip(leaf_names(updates), leaves, strict=True))
     is_projection = lambda x: isinstance(x, ProjectionState)
     found = {}
     for node in jax.tree.leaves(state, is_leaf=is_projection):
@@ -77,8 +82,11 @@ def subspace_metrics(
                     f"the state has a basis of parameter {name}, and there is no such gradient: "
                     "give the gradients of the parameters that the state is of"
                 )
+            gradient, plan = gradients[name], plan_of(plans, name, leaf)
+            unknown = jnp.full(plan.batch_shape, jnp.nan, jnp.float32)
+            known = not is_projected(gradient)
             found[name] = SubspaceMetrics(
-                captured_energy(gradients[name], leaf, plan_of(plans, name, leaf)),
+                captured_energy(gradient, leaf, plan) if known else unknown,
                 leaf.drift,
                 leaf.refreshes,
                 node.skipped[name],

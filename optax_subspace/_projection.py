@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from optax_subspace._blocks import dequantize
 from optax_subspace._leaves import LeafPlan
+from optax_subspace._varying import not_varying
 
 # The name of `in_turn` in traced programs.
 IN_TURN = "in_turn"
@@ -85,7 +86,9 @@ def in_turn(array: jax.Array, earlier: jax.Array) -> jax.Array:
     gone by the time it orders operations), so here is one, on which no finite number depends. (It
     is a function of its own in traced programs, by whose name it can be told from a real one.)
     """
-    if not earlier.size:
+    # (Within a shard_map it would differ between devices where `earlier` alone does.)
+    if not earlier.size or not_varying(array, earlier):
         return array
-    first, largest = earlier.ravel()[0], jnp.finfo(array.dtype).max
+    # (Not of a reshaped array: of one that is split over devices, all would be gathered.)
+    first, largest = earlier[(0,) * earlier.ndim], jnp.finfo(array.dtype).max
     return jnp.where(first != first, jnp.clip(array, -largest, largest), array)

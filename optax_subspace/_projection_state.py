@@ -106,6 +106,12 @@ def check_state(
                 f"parameter {p.path}: the state holds bases of shapes {found}, these settings need "
                 f"{expected}: {remedy}"
             )
+        total = state.accumulated[p.path].shape if accumulate > 1 else p.low_shape
+        if total != p.low_shape:
+            raise ValueError(
+                f"parameter {p.path}: the state holds a sum of low-rank gradients of shape "
+                f"{total}, these settings need {p.low_shape}: {remedy}"
+            )
         if leaf is None:
             continue
         new = jax.eval_shape(lambda p=p: made(p))

@@ -290,13 +290,22 @@ def _projections(
             "initialise the state with the same transformation"
         )
     found: dict[str, tuple[LeafPlan, LeafBasis, Subspace, jax.Array]] = {}
-    for node, (subspace, plans) in zip(nodes, made, strict=True):
+    for subspace, plans in made:
+        # The one of these parameters: where transformations have names, trees sort them.
+        paths = {plan.path for plan in plans}
+        of_them = lambda n, p=paths: p == (set(n.skipped) if isinstance(n.skipped, dict) else set())
+        node = nodes.pop(next((i for i, n in enumerate(nodes) if of_them(n)), 0))
         check_state(plans, node, subspace.accumulate, subspace.init_leaf)
         # As for full gradients: bases change with the first micro-batch.
         first = node.steps % subspace.accumulate == 0
-        for plan in plans:
-            if plan.projected:
-                found[plan.path] = plan, node.leaves[plan.path], subspace, first
+        for plan in filter(lambda plan: plan.projected, plans):
+            if plan.path in found:
+                raise ValueError(
+                    f"parameter {plan.path} is projected by two members of the transformation, and "
+                    "its gradient at the source has one basis: project afterwards, or have one of "
+                    "them leave it alone by a rule of None"
+                )
+            found[plan.path] = plan, node.leaves[plan.path], subspace, first
     return found
 
 
@@ -315,10 +324,19 @@ def _kernel(
             "gradient, which does not exist at the source: give it relative_to='estimate', or "
             "project afterwards"
         )
+    if plan.batch != tuple(range(len(plan.batch))):
+        raise ValueError(
+            f"parameter {plan.path} of shape {weight.shape}: its batch axes {plan.batch} are not "
+            "in front, where scan and vmap take the slices of a kernel that is projected at the "
+            "source: move them there, leave it at full rank by a rule of None, or project "
+            "afterwards"
+        )
     # Axes of one slice, which scan or vmap leave of the kernel.
     kept = sorted(plan.reduction + plan.output)
     axes = lambda of: tuple(kept.index(a) for a in of)
-    how = How(plan.path, plan.sides, axes(plan.reduction), axes(plan.output), rule, refresh)
+    sizes = zip(plan.batch_shape, plan.batch_split, strict=True)
+    split = tuple((size, parts) for size, parts in sizes if parts > 1)
+    how = How(plan.path, plan.sides, axes(plan.reduction), axes(plan.output), rule, refresh, split)
     dtype = compute_dtype(weight.dtype)
     zeros = lambda shape: jnp.zeros(shape, dtype)
     per_slice = jnp.zeros(plan.batch_shape, jnp.float32)

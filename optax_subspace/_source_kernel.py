@@ -63,6 +63,10 @@ class SourceKernel:
         return self.weight.ndim
 
     @property
+    def size(self) -> int:
+        return self.weight.size
+
+    @property
     def dtype(self) -> Any:
         return self.weight.dtype
 
@@ -153,20 +157,21 @@ def source_dot_general(
         raise rhs._unknown(
             f"an array of shape {lhs.shape} contracted over its axes {left} with the axes {right}"
         )
-    # (..., m), with the contracted axes in the order of the kernel's reduction axes.
+    # (..., m), with the contracted axes in the order of the kernel's reduction axes. The others
+    # stay apart: made one, those that are split over devices would be gathered, but the first.
     free = [a for a in range(lhs.ndim) if a not in left]
     contracted = [left[right.index(a)] for a in how.reduction]
-    x = lhs.transpose(*free, *contracted)
+    tokens = [lhs.shape[a] for a in free]
     sizes = [rhs.shape[a] for a in how.output]
-    m = math.prod(x.shape[len(free) :])
-    rows = x.reshape(math.prod(x.shape[: len(free)]), m)
+    m = math.prod(lhs.shape[a] for a in contracted)
+    x = lhs.transpose(*free, *contracted).reshape(*tokens, m)
     matrix = rhs.weight.transpose(*how.reduction, *how.output).reshape(m, -1)
     if precision is None:
         # That of the context, which has ended when the backward pass is traced.
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     settings = Settings(how, precision, preferred_element_type)
-    out = product(settings, rows, matrix, (rhs.bases, rhs.rules, rhs.due), rhs.probe)
-    out = out.reshape(*(lhs.shape[a] for a in free), *sizes)
+    out = product(settings, x, matrix, (rhs.bases, rhs.rules, rhs.due), rhs.probe)
+    out = out.reshape(*tokens, *sizes)
     # dot_general has the kernel's free axes in ascending order.
     order = sorted(range(len(sizes)), key=lambda i: how.output[i])
     return out.transpose(*range(len(free)), *(len(free) + i for i in order))

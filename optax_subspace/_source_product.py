@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from optax_subspace._blocks import dequantize
+from optax_subspace._each_slice import in_due_slices
 from optax_subspace._projection import compute_dtype, largest
 from optax_subspace._projectors import Projector
 from optax_subspace._projectors._base import NO_GRADIENT, directions, squared_norm
@@ -29,6 +31,7 @@ class How(NamedTuple):
       reduction, output: axes of one slice of the kernel.
       rule: the projector.
       refresh: whether slices that are due get a new basis in this backward pass.
+      split: of the kernel's batch axes that are split over devices, sizes and parts.
     """
 
     path: str
@@ -37,6 +40,7 @@ class How(NamedTuple):
     output: tuple[int, ...]
     rule: Projector
     refresh: bool
+    split: tuple[tuple[int, int], ...] = ()
 
 
 class Probe(NamedTuple):
@@ -77,7 +81,7 @@ class Settings(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(settings: Settings, x: Any, weight: Any, aux: Any, probe: Probe) -> jax.Array:
-    """``x (t, m) @ weight (m, n)``."""
+    """``x (*tokens, m) @ weight (m, n)``."""
     del aux, probe
     # (Not in `_forward`, where what policies of rematerialisation keep goes by names.)
     return _dot(settings, x, checkpoint_name(weight, AT_SOURCE))
@@ -140,24 +144,30 @@ def _finder(settings: Settings) -> Any:
     """``_found`` with rules of its own under ``vmap``.
 
     Examples that go through one kernel one by one are more tokens of it: each alone would find
-    another basis. Several kernels are worked on at once, or where bases may be due one by one, so
-    that no more than one gradient is formed.
+    another basis. Several kernels are worked on at once, but for new bases, which are found one by
+    one, so that no more than one gradient is formed: on each device one of its own where the
+    kernels are split.
     """
+    split = dict(settings.how.split)
 
     @jax.custom_batching.custom_vmap
     def find(*arguments: Any) -> Any:  # an axis of kernels in front, of 1 where all share a value
         kernels = max(x.shape[0] for x in jax.tree.leaves(arguments))
-        shared = jax.tree.map(lambda x: x.shape[0] == 1, arguments)
-        first = lambda x, same: x[0] if same else x
         if kernels == 1:
             found = _found(settings, *jax.tree.map(lambda x: x[0], arguments))
             return jax.tree.map(lambda x: x[None], found)
-        arguments = jax.tree.map(first, arguments, shared)
+        renewed = None
+        if settings.how.refresh:
+            devices = math.prod(split.values())
+            devices = devices if kernels % devices == 0 else 1
+            kept, dy, aux, probe = arguments
+            own = lambda x: jnp.broadcast_to(x, (kernels, *x.shape[1:]))
+            renewed = _renewed_in(devices, settings, kept, dy, jax.tree.map(own, aux), probe)
+        arguments = *arguments, renewed
+        shared = jax.tree.map(lambda x: x.shape[0] == 1, arguments)
+        arguments = jax.tree.map(lambda x, same: x[0] if same else x, arguments, shared)
         axes = jax.tree.map(lambda same: None if same else 0, shared)
-        if not settings.how.refresh:
-            return jax.vmap(functools.partial(_found, settings), axes)(*arguments)
-        kernel = lambda i: jax.tree.map(lambda x, same: x if same else x[i], arguments, shared)
-        return jax.lax.map(lambda i: _found(settings, *kernel(i)), jnp.arange(kernels))
+        return jax.vmap(functools.partial(_found, settings), axes)(*arguments)
 
     @find.def_vmap
     def _(size: int, batched: Any, *arguments: Any) -> Any:
@@ -165,21 +175,26 @@ def _finder(settings: Settings) -> Any:
         if several:
             axis = lambda x, b: x.shape[int(b)]
             kernels = max(jax.tree.leaves(jax.tree.map(axis, arguments, tuple(batched))))
+            # An axis that is split comes before all others, so that its parts stay together.
+            place = 0 if size in split else 1
 
             def in_front(x: jax.Array, b: bool) -> jax.Array:
                 if axis(x, b) == 1 and not b:
                     return x
                 full = x if b else x[None]
                 full = jnp.broadcast_to(full, (size, kernels, *full.shape[2:]))
-                return full.reshape(-1, *full.shape[2:])
+                return jnp.moveaxis(full, 0, place).reshape(-1, *full.shape[2:])
+
+            def apart(x: jax.Array) -> jax.Array:
+                sizes = (size, -1) if place == 0 else (-1, size)
+                return jnp.moveaxis(x.reshape(*sizes, *x.shape[1:]), place, 0)
 
             found = find(*jax.tree.map(in_front, arguments, tuple(batched)))
-            found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
+            found = jax.tree.map(apart, found)
         else:
             whole = lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape))
             ends = jax.tree.map(whole, arguments[:2], tuple(batched[:2]))
-            ends = (x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1]) for x in ends)
-            found = find(*ends, *arguments[2:])
+            found = find(*(x.swapaxes(0, 1) for x in ends), *arguments[2:])
         return found, jax.tree.map(lambda _: several, found)
 
     def alone(*arguments: Any) -> Any:
@@ -202,15 +217,21 @@ class Over(NamedTuple):
     axes: tuple[str, ...]
 
 
-def _found(settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe) -> Probe:
-    """What the backward pass of one product finds: the cotangent of its probe."""
+def _found(
+    settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe, renewed: Any = None
+) -> Probe:
+    """What the backward pass of one product finds: the cotangent of its probe.
+
+    ``renewed`` are bases, states of the rule and whether they are new, where that is known.
+    """
     how = settings.how
-    over = Over(settings.precision, not_varying(probe.low, (kept, dy)))
+    over = _over(settings, kept, dy, probe)
     bases, rules, due = aux
     done = jnp.zeros([], bool)
-    if how.refresh:
-        gradient = Gradient(kept, dy, over)
-        bases, rules, done = _refreshed(how, gradient, bases, rules, due)
+    if renewed is not None:
+        bases, rules, done = renewed
+    elif how.refresh:
+        bases, rules, done = _refreshed(how, Gradient(kept, dy, over), bases, rules, due)
     if settings.keeps_coordinates:
         right = _narrow(dy, bases[1], over) if len(how.sides) == 2 else dy
         low = _contract(kept, right, over)
@@ -240,22 +261,31 @@ def _found(settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: 
     )
 
 
+def _over(settings: Settings, kept: jax.Array, dy: jax.Array, probe: Probe) -> Over:
+    return Over(settings.precision, not_varying(probe.low, (kept, dy)))
+
+
 def _narrow(x: jax.Array, basis: Any, over: Over) -> jax.Array:
-    """``x P``, ``(t, r)`` in the dtype of ``x``."""
-    basis = dequantize(basis).astype(x.dtype)
+    """``x P``, ``(*tokens, r)`` in the dtype of ``x``; of float16, which may not hold it, wider."""
     wide = compute_dtype(x.dtype)
-    return jnp.dot(x, basis, precision=over.precision, preferred_element_type=wide).astype(x.dtype)
+    dtype = wide if x.dtype == jnp.float16 else x.dtype
+    basis = dequantize(basis).astype(dtype)
+    return jnp.dot(x, basis, precision=over.precision, preferred_element_type=wide).astype(dtype)
 
 
 def _contract(x: jax.Array, y: jax.Array, over: Over) -> jax.Array:
-    """``x^T y`` over the tokens.
+    """``x^T y`` over the tokens, ``(*tokens, m)`` and ``(*tokens, n)`` to ``(m, n)``.
 
     Over a mesh it is what devices add up, in the dtype that the full gradient would have: bfloat16
     stays that. (Float16 does not, where sums over tokens overflow.)
     """
     wide = compute_dtype(jnp.promote_types(x.dtype, y.dtype))
     summed = x.dtype if x.dtype == y.dtype == jnp.bfloat16 else wide
-    found = jnp.dot(x.T, y, precision=over.precision, preferred_element_type=summed)
+    tokens = tuple(range(x.ndim - 1))
+    x, y = (a.astype(jnp.promote_types(x.dtype, y.dtype)) for a in (x, y))
+    found = jax.lax.dot_general(
+        x, y, ((tokens, tokens), ((), ())), over.precision, preferred_element_type=summed
+    )
     return (jax.lax.psum(found, over.axes) if over.axes else found).astype(wide)
 
 
@@ -271,7 +301,7 @@ def _followed(
         low = low.T
     scale = largest(low)
     low = low / scale
-    seen_by = directions(dy.shape[1], low.dtype)
+    seen_by = directions(dy.shape[-1], low.dtype)
     seen = _contract(x, _narrow(dy, seen_by, over), over) / scale
     squared = squared_norm(low, seen, dequantize(basis).astype(low.dtype), seen_by)
     some = squared > 0
@@ -288,7 +318,7 @@ class Gradient:
 
     def __init__(self, x: jax.Array, d: jax.Array, over: Over):
         self.x, self.d, self.over = x, d, over
-        self.shape, self.ndim = (x.shape[1], d.shape[1]), 2
+        self.shape, self.ndim = (x.shape[-1], d.shape[-1]), 2
         self.dtype = compute_dtype(jnp.promote_types(x.dtype, d.dtype))
 
     @property
@@ -315,43 +345,86 @@ class Gradient:
         return Gradient(shrunk(self.x), shrunk(self.d), self.over)
 
 
+def _renewed(how: How, gradient: Gradient, bases: Any, rules: Any) -> Any:
+    """New bases and states of the rule, and whether there are any: not of a useless gradient."""
+    matrix: Any = gradient.scaled() if how.rule.matrix_free else gradient.dense()
+    if how.rule.matrix_free:
+        # A product with one random vector tells whether there is any gradient.
+        some = matrix @ jax.random.normal(jax.random.key(0), (matrix.shape[1], 1))
+    else:
+        some = matrix
+        matrix = matrix / largest(matrix)
+    usable = jnp.all(jnp.isfinite(some)) & jnp.any(some != 0)
+    sides = [
+        checked(how.rule.update, matrix if side == "left" else matrix.T, basis, state)
+        for side, basis, state in zip(how.sides, bases, rules, strict=True)
+    ]
+    new = tuple(b for b, _ in sides), tuple(s for _, s in sides)
+    keep = lambda n, o: jnp.where(usable, n, o)
+    return *jax.tree.map(keep, new, (bases, rules)), usable
+
+
+def _varying_as_found(gradient: Gradient, *aux: Any) -> Any:
+    """(Of the factors those axes aside that their products are added up over.)"""
+    like = (gradient @ jnp.zeros((gradient.shape[1], 1)), aux)
+    return lambda found: varying_as(found, like)
+
+
 def _refreshed(how: How, gradient: Gradient, bases: Any, rules: Any, due: jax.Array) -> Any:
     """Bases and states of the rule after a refresh, and whether there was one."""
-
-    def renew():
-        matrix: Any = gradient.scaled() if how.rule.matrix_free else gradient.dense()
-        if how.rule.matrix_free:
-            # A product with one random vector tells whether there is any gradient.
-            some = matrix @ jax.random.normal(jax.random.key(0), (matrix.shape[1], 1))
-        else:
-            some = matrix
-            matrix = matrix / largest(matrix)
-        usable = jnp.all(jnp.isfinite(some)) & jnp.any(some != 0)
-        sides = [
-            checked(how.rule.update, matrix if side == "left" else matrix.T, basis, state)
-            for side, basis, state in zip(how.sides, bases, rules, strict=True)
-        ]
-        new = tuple(b for b, _ in sides), tuple(s for _, s in sides)
-        keep = lambda n, o: jnp.where(usable, n, o)
-        return varying((*jax.tree.map(keep, new, (bases, rules)), usable))
-
-    # (Of the factors those axes aside that their products are added up over.)
-    like = (gradient @ jnp.zeros((gradient.shape[1], 1)), bases, rules, due)
-    varying = lambda found: varying_as(found, like)
+    varying = _varying_as_found(gradient, bases, rules, due)
+    renew = lambda: varying(_renewed(how, gradient, bases, rules))
     return jax.lax.cond(due, renew, lambda: varying((bases, rules, jnp.zeros([], bool))))
 
 
+def _renewed_in(
+    devices: int, settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe
+) -> Any:
+    """Of several kernels, in as many ``devices``: as ``_refreshed``, one due kernel after another.
+
+    All have an axis of kernels in front; it is 1 of what they share, but for ``aux``.
+    """
+
+    def gradient(i: Any, kept: jax.Array, dy: jax.Array, probe: Probe) -> Gradient:
+        take = lambda x: x[jnp.minimum(i, x.shape[0] - 1)]
+        kept, dy, probe = jax.tree.map(take, (kept, dy, probe))
+        return Gradient(kept, dy, _over(settings, kept, dy, probe))
+
+    def renew_all(kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe) -> Any:
+        bases, rules, due = aux
+
+        def renew(i: Any, carry: Any) -> Any:
+            old = jax.tree.map(lambda x: x[i], carry[:2])
+            new = _renewed(settings.how, gradient(i, kept, dy, probe), *old)
+            return jax.tree.map(lambda x, n: x.at[i].set(n), carry, new)
+
+        varying = _varying_as_found(gradient(0, kept, dy, probe), bases, rules, due)
+        return in_due_slices(due, renew, varying((bases, rules, jnp.zeros(due.shape, bool))))
+
+    if devices == 1:
+        return renew_all(kept, dy, aux, probe)
+    arguments = kept, dy, aux, probe
+    axes = jax.tree.map(lambda x: None if x.shape[0] == 1 else 0, arguments)
+    group = lambda x: x if x.shape[0] == 1 else x.reshape(devices, -1, *x.shape[1:])
+    found = jax.vmap(renew_all, axes)(*jax.tree.map(group, arguments))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+
 def as_floats(tree: Any) -> Any:
-    """A rule's state as floats, exactly: whole numbers become two of 16 bits each.
+    """A rule's state as floats, exactly: of whole numbers of 32 bits and more 16 bits each, along
+    an axis of their own.
 
     Cotangents are floats, and a refresh within the backward pass has the rule's state to bring out.
     """
 
-    def split(x: jax.Array) -> Any:
+    def split(x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        bits = x.astype(jnp.uint32) if x.dtype != jnp.int32 else x.view(jnp.uint32)
-        return (bits >> 16).astype(jnp.float32), (bits & 0xFFFF).astype(jnp.float32)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        if x.dtype.itemsize > 2:
+            x = jax.lax.bitcast_convert_type(x, jnp.uint16)
+        return x.astype(jnp.float32)
 
     return jax.tree.map(split, tree)
 
@@ -359,11 +432,12 @@ def as_floats(tree: Any) -> Any:
 def from_floats(tree: Any, like: Any) -> Any:
     """The inverse of :func:`as_floats`, in the dtypes of ``like``."""
 
-    def join(x: jax.Array, parts: Any) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            return parts
-        high, low = (p.astype(jnp.uint32) for p in parts)
-        bits = (high << 16) | low
-        return bits.view(jnp.int32) if x.dtype == jnp.int32 else bits.astype(x.dtype)
+    def join(x: jax.Array, parts: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            bits = jax.lax.bitcast_convert_type(parts.astype(jnp.uint16), jnp.uint32)
+            return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(x))
+        if jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize <= 2:
+            return parts.astype(x.dtype)
+        return jax.lax.bitcast_convert_type(parts.astype(jnp.uint16), x.dtype)
 
     return jax.tree.map(join, like, tree)

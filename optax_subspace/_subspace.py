@@ -11,7 +11,13 @@ import optax
 
 from optax_subspace._bases import Subspace
 from optax_subspace._handover import LowRankUpdate
-from optax_subspace._inner_state import holds_weights, keep_skipped, turn_moments
+from optax_subspace._inner_state import (
+    check_shapes,
+    holds_weights,
+    keep_skipped,
+    refused_if_other,
+    turn_moments,
+)
 from optax_subspace._leaves import LeafPlan, path_name
 from optax_subspace._projected import is_projected
 from optax_subspace._projection import (
@@ -104,7 +110,9 @@ def inner_low_update(
     plans = [x.plan for x in handed]
     state = turn_moments(state, structure, plans, [x.before for x in handed])
 
-    updates, new_state = inner.update(gradients, state, low_params, **extra_args)
+    with refused_if_other(inner, gradients, state):
+        updates, new_state = inner.update(gradients, state, low_params, **extra_args)
+        check_shapes(new_state, state)
     ready = handed[0].ready if handed else None
     lows = structure.flatten_up_to(updates)
     # Where an update overflows inside, that part of the state is kept. That the state thus depends

@@ -1,5 +1,7 @@
 """When bases change, what becomes of the moments, and gradients of many micro-batches."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -534,6 +536,38 @@ def test_gradients_of_another_dtype_than_the_parameters(moments):
                     updates, state = tx.update({"w": jnp.ones((8, 6), gradient)}, state)
                 assert updates["w"].dtype == gradient
                 assert state.inner.mu["w"].dtype == weight
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_state_of_the_other_side_is_told(rank):
+    """The bases of a square matrix have one shape on both sides; of one column, moments that are
+    added to a gradient of one row would become a matrix."""
+    params = {"w": jnp.eye(6)}
+    made = lambda side, inner, **kw: osub.scale_by_subspace(inner, rank=rank, side=side, **kw)
+    for inner, of in ((optax.scale_by_adam(), "mu/w"), (optax.trace(0.9), "trace/w")):
+        state = made("left", inner).init(params)
+        with pytest.raises(ValueError, match=rf"{of} of shape \({rank}, 6\), these settings need"):
+            made("right", inner).update(params, state)
+    left, right = (made(side, optax.identity(), accumulate=2) for side in ("left", "right"))
+    with pytest.raises(ValueError, match="parameter w: the state holds a sum of low-rank gradien"):
+        right.update(params, left.init(params))
+
+
+def test_a_rule_of_objects_that_have_no_hash():
+    @dataclasses.dataclass
+    class Columns:
+        first: int = 0
+
+        def __call__(self, gradient, basis, state):
+            return jnp.linalg.qr(gradient[:, self.first : basis.shape[1]])[0], state
+
+    rule = osub.Projector(init=lambda *_: (), update=Columns())
+    tx = osub.scale_by_subspace(
+        optax.identity(), rank=2, rules=[("w", osub.MatrixSpec(projector=rule))]
+    )
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 6))}
+    apart, together = (f(params, tx.init(params))[0] for f in (tx.update, jax.jit(tx.update)))
+    np.testing.assert_allclose(apart["w"], together["w"], atol=1e-6)
 
 
 def test_a_state_of_another_rule_is_told_or_keeps_to_the_new_period():

@@ -102,6 +102,10 @@ print(json.dumps(found))
 
 
 def on_eight_devices(*arguments):
+    return run_on_eight_devices(PROGRAM, *arguments)
+
+
+def run_on_eight_devices(*program):
     environment = {
         **os.environ,
         "XLA_FLAGS": host_devices(8),
@@ -109,7 +113,7 @@ def on_eight_devices(*arguments):
         "PYTHONPATH": str(ROOT),
     }
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
+        [sys.executable, "-c", *program],
         env=environment,
         capture_output=True,
         text=True,
@@ -274,6 +278,68 @@ def test_gradients_of_a_devices_own_within_shard_map(tx):
     shared = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=axes, out_specs=axes))(gradients)
     alone = jax.jit(local)(gradients)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), shared, alone)
+
+
+def test_a_leaf_of_each_device_before_one_of_all_within_shard_map():
+    """What devices share stays shared, whatever leaves come before it."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = osub.online_subspace_descent(1e-2, 2, rules=[(".*", osub.MatrixSpec())])
+    axes = {"experts": jax.sharding.PartitionSpec("x"), "out": jax.sharding.PartitionSpec()}
+    params = {"experts": jnp.eye(6, 4)[None], "out": jnp.eye(6, 4)}
+
+    @jax.jit
+    @lambda f: jax.shard_map(f, mesh=mesh, in_specs=(axes,), out_specs=axes)
+    def steps(params):
+        params |= {"experts": params["experts"][0]}
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            return (jax.tree.map(jnp.add, params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=2)
+        return params | {"experts": params["experts"][None]}
+
+    after = steps(params)
+    np.testing.assert_allclose(after["experts"][0], after["out"], rtol=1e-6)
+    assert jnp.any(after["out"] != params["out"])
+
+
+ONE_AFTER_THE_OTHER = r"""
+import json, re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import optax_subspace as osub
+
+mesh = Mesh(np.array(jax.devices()), ("x",))
+found = {}
+for name, tx, shape, axes in (
+    ("columns", osub.galore(1e-2, 4), (32, 512), P(None, "x")),
+    (
+        "stack",
+        osub.online_subspace_descent(
+            1e-2, 4, side="left", rules=[(".*", osub.MatrixSpec(1, 2))],
+            projector=osub.history_pca(first=osub.subspace_iteration()),
+        ),
+        (2, 32, 64), P(None, None, "x"),
+    ),
+):
+    place = NamedSharding(mesh, axes)
+    params = {f"w{i}": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for i in range(3)}
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, params), osub.state_shardings(tx, params),
+    )
+    text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
+    lines = [line for line in text.splitlines() if re.search(r" all-gather(-start)?\(", line)]
+    found[name] = [line for line in lines if "in_turn" in line]
+print(json.dumps(found))
+"""
+
+
+def test_the_order_of_leaves_gathers_nothing():
+    """One leaf waits for another's low-rank gradient or basis: for a number of it alone."""
+    assert run_on_eight_devices(ONE_AFTER_THE_OTHER) == {"columns": [], "stack": []}
 
 
 def test_axes_of_a_shard_map_in_older_releases_of_jax(monkeypatch):

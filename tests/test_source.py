@@ -159,6 +159,28 @@ def both_ways(tx, fun, params, *args):
     return found
 
 
+def test_attention_of_nnx():
+    """Its projections, with several output axes and several reduction axes."""
+    of = lambda which: {
+        f"{which}_dot_general": osub.source_dot_general,
+        f"{which}_promote_dtype": osub.source_promote_dtype,
+    }
+    layer = nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(0), **of("qkv"), **of("out"))
+    definition, weights = nnx.split(layer)
+    weights = nnx.to_pure_dict(weights)
+    axes = [("out/kernel", MatrixSpec((0, 1), 2)), ("kernel", MatrixSpec(0, (1, 2)))]
+    tx = osub.galore(1e-2, 4, rules=[*axes, ("bias", None)])
+    loss = lambda weights, x: jnp.mean(nnx.merge(definition, weights)(x) ** 2)
+    x, state = jax.random.normal(jax.random.key(0), (2, 5, 16)), tx.init(weights)
+    _, gradients, source = osub.subspace_value_and_grad(loss, tx)(weights, state, x)
+    ours, state = tx.update(gradients, state, weights, source=source)
+    theirs, _ = tx.update(jax.grad(loss)(weights, x), tx.init(weights), weights)
+    assert_close(ours, theirs, tolerance=1e-4)
+    metrics = osub.subspace_metrics(tx, state, gradients)
+    assert len(metrics) == 4
+    assert all(m.refreshes == 1 and jnp.isnan(m.captured_energy) for m in metrics.values())
+
+
 def test_layers_of_flax():
     """Through `dot_general` of Linen's and NNX's layers; kernels of several axes too."""
     x = jax.random.normal(jax.random.key(0), (4, 6, 10))
@@ -560,6 +582,54 @@ def on_eight_devices(script):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+SPLIT = r"""
+import json, re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import optax_subspace as osub
+
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "seq"))
+at = lambda shape, *axes: jax.ShapeDtypeStruct(
+    shape, jnp.float32, sharding=NamedSharding(mesh, P(*axes))
+)
+def gathered(tx, loss, params, x):
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, params), osub.state_shardings(tx, params),
+    )
+    def step(params, state, x):
+        _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, state, x)
+        return tx.update(gradients, state, params, source=source)
+    text = jax.jit(step).lower(params, state, x).compile().as_text()
+    moved = re.findall(r"\w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text)
+    return [shape for shape in moved if int(np.prod([int(n) for n in shape.split(",") if n])) > 8]
+dense = lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) ** 2)
+experts = lambda p, x: jnp.mean(jax.vmap(lambda x, w: jnp.tanh(x @ w))(x, p["w"]) ** 2)
+spec = osub.MatrixSpec(-2, -1, batch_split=8)
+one = osub.subspace_iteration()
+found = {
+    "time first": gathered(
+        osub.galore(1e-2, 4, projector=one), dense, {"w": at((16, 24))},
+        at((8, 64, 16), None, ("data", "seq")),
+    ),
+    "both": gathered(
+        osub.online_subspace_descent(1e-2, 4, projector=osub.history_pca(first=one)), dense,
+        {"w": at((16, 24))}, at((8, 64, 16), "data", "seq"),
+    ),
+    "experts": gathered(
+        osub.galore(1e-2, 4, rules=[("w", spec)]), experts,
+        {"w": at((16, 8, 12), ("data", "seq"))}, at((16, 32, 8), ("data", "seq")),
+    ),
+}
+print(json.dumps(found))
+"""
+
+
+def test_split_tokens_and_split_experts_stay_where_they_are():
+    """Also where the axis that is split isn't the first, and on a step that finds bases."""
+    assert on_eight_devices(SPLIT) == {"time first": [], "both": [], "experts": []}
+
+
 def test_only_low_rank_gradients_cross_devices():
     """Eight devices: the losses of one; all-reduces, in bytes, of R and of what isn't projected."""
     found = on_eight_devices(PARALLEL)
@@ -788,6 +858,85 @@ def test_keyword_arguments_and_a_first_step_without_a_refresh():
     _, gradients, source = step(params, state, x=jnp.ones((4, 8)), by=2.0)
     _, state = tx.update(gradients, state, params, source=source)
     assert int(state[0].projection.skipped["a"]) == 1  # there is no basis to project by
+
+
+def test_transformations_by_name_in_any_order():
+    """Trees sort names; the order of the transformations is that of their dictionary."""
+    params = {"one": jnp.eye(8, 6), "two": jnp.eye(8, 6)}
+    parts = {"z": osub.galore(1e-2, rank=4), "a": osub.galore(1e-2, rank=2)}
+    tx = optax.multi_transform(parts, {"one": "a", "two": "z"})
+    loss = lambda params, x: jnp.mean(jnp.sin(x @ params["one"]) + jnp.cos(x @ params["two"]))
+    x = jax.random.normal(jax.random.key(0), (16, 8))
+    _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, tx.init(params), x)
+    assert (gradients["one"].low.shape, gradients["two"].low.shape) == ((8, 2), (8, 4))
+    ours, _ = tx.update(gradients, tx.init(params), params, source=source)
+    theirs, _ = tx.update(jax.grad(loss)(params, x), tx.init(params), params)
+    assert_close(ours, theirs)
+
+
+def test_what_the_source_cannot_tell_apart_is_refused():
+    twice = optax.chain(
+        osub.scale_by_subspace(optax.identity(), rank=4),
+        osub.scale_by_subspace(optax.scale_by_adam(), rank=4),
+    )
+    params, x = {"w": jnp.eye(8, 6)}, jnp.ones((2, 8))
+    loss = lambda params, x: jnp.mean(x @ params["w"])
+    with pytest.raises(ValueError, match="parameter w is projected by two members"):
+        osub.subspace_value_and_grad(loss, twice)(params, twice.init(params), x)
+    last = osub.galore(1e-2, 2, rules=[("w", MatrixSpec(0, 1))])
+    params = {"w": jnp.ones((8, 6, 3))}
+    with pytest.raises(ValueError, match=r"parameter w of .*: its batch axes \(2,\) are not in fr"):
+        osub.subspace_value_and_grad(loss, last)(params, last.init(params), x)
+
+
+@pytest.mark.parametrize("rule", [osub.online_pca(), osub.svd()])
+@pytest.mark.parametrize("large", ["inputs", "cotangents"])
+def test_thin_products_of_float16_that_it_does_not_hold(rule, large):
+    """The layer and its gradient are finite, and so is what is made of them."""
+    spread = lambda i, shape: jax.random.uniform(jax.random.key(i), shape, minval=-1)
+    x, d = spread(0, (16, 8)), spread(1, (16, 64))
+    x, d = (x * 3e4, d / 64) if large == "inputs" else (x / 64, d * 3e4)
+    x, d = x.astype(jnp.float16), d.astype(jnp.float16)
+    params = {"w": jnp.zeros((8, 64), jnp.float16)}
+    loss = lambda params, x: jnp.sum((x @ params["w"]).astype(jnp.float32) * d)
+    tx = osub.scale_by_subspace(optax.identity(), rank=2, projector=rule)
+    state = tx.init(params)
+    assert jnp.all(jnp.isfinite(jax.grad(loss)(params, x)["w"]))
+    for _ in range(3):
+        _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, state, x)
+        ours, after = tx.update(gradients, state, params, source=source)
+        theirs, state = tx.update(jax.grad(loss)(params, x), state, params)
+        assert all(jnp.all(e > 0) for e in source["w"].energies)
+        assert_close(ours["w"].astype(jnp.float32), theirs["w"].astype(jnp.float32), tolerance=5e-3)
+        # (Adam of online PCA takes steps of full size where rounding is all that there is.)
+        bases = (s.projection.leaves["w"].bases[0] for s in (after, state))
+        ours, theirs = (jnp.linalg.qr(basis)[0] for basis in bases)
+        assert jnp.linalg.svd(ours.T @ theirs, compute_uv=False).min() > 0.99
+
+
+def test_states_of_a_rule_are_brought_out_exactly():
+    """Whole numbers of any size and random keys, through cotangents, which are floats."""
+
+    def init(key, m, n, rank):
+        return jnp.int32(-3), jnp.uint8(255), jnp.uint32(2**32 - 1), jnp.bool_(True), key
+
+    def update(gradient, basis, state):
+        signed, byte, word, flag, key = state
+        new = jnp.linalg.qr(jax.random.normal(key, basis.shape))[0]
+        return new, (signed - 1, byte - 1, word - 1, ~flag, jax.random.split(key)[0])
+
+    tx = osub.galore(1e-2, 2, projector=osub.Projector(init=init, update=update, every=1))
+    params, x = {"w": jnp.eye(8, 6)}, jax.random.normal(jax.random.key(0), (4, 8))
+    loss = lambda params, x: jnp.mean(jnp.sin(x @ params["w"]))
+    ours = theirs = tx.init(params)
+    for _ in range(2):
+        _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, ours, x)
+        _, ours = tx.update(gradients, ours, params, source=source)
+        _, theirs = tx.update(jax.grad(loss)(params, x), theirs, params)
+    ours, theirs = (s[0].projection.leaves["w"].rule[0] for s in (ours, theirs))
+    assert [int(x) for x in ours[:4]] == [-5, 253, 2**32 - 3, 1]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and jnp.all(a == b)
 
 
 def test_explicit_axes_are_refused():

@@ -18,6 +18,8 @@ from train.step import init_state, make_fused
 
 PUBLISHED = [name for name in EXPERIMENTS if name != "quickstart"]
 ON_C4 = [name for name in PUBLISHED if EXPERIMENTS[name].on_c4]
+# The public scripts that step at every sequence.
+SINGLE = ["galore8bit-7b-batch1", "apollo-mini-7b-12gb"]
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 STEPS = {"60m": 10_000, "130m": 20_000, "350m": 60_000, "1b": 100_000, "7b": 150_000}
 # Keys that other parts of the trainer bring.
@@ -32,36 +34,41 @@ def test_every_published_run_is_there():
     for size in RANKS:
         for family in ("galore", "osd", "full"):
             assert f"{family}-{size}" in EXPERIMENTS
-    for name in ("galore8bit-7b", "galore8bit-7b-24gb", "osd8bit-7b", "full8bit-7b", "lomo-7b"):
+    names = ("galore8bit-7b", "galore8bit-7b-24gb", "osd8bit-7b", "full8bit-7b", "lomo-7b")
+    for name in (*names, *SINGLE):
         assert name in EXPERIMENTS
     assert [n for n in EXPERIMENTS if n.startswith("lomo-") and n.count("-") == 1] == [
-        f"lomo-{size}" for size in ("7b", "13b", "30b", "65b") if size in PRESETS
+        f"lomo-{size}" for size in ("7b", "13b", "30b", "65b")
     ]
 
 
 @pytest.mark.parametrize("name", ON_C4)
 def test_the_c4_recipe_is_the_papers(name):
     command = parse(["--experiment", name, *TEXT])
-    config, size = command.config, name.split("-")[1]
-    assert command.model == size
-    assert config.train.batch_size * config.train.sequence_length == 131_072
+    config, size = command.config, EXPERIMENTS[name].model
+    assert command.model == size and f"-{size}" in name
+    tokens = config.train.batch_size * config.train.sequence_length
+    assert tokens == (256 if name in SINGLE else 131_072)
     assert config.train.steps == STEPS[size]
     optimizer = config.optimizer
     assert (optimizer.warmup_fraction, optimizer.final_fraction) == (0.1, 0.1)
     assert optimizer.weight_decay == 0
     # (In the fused step of micro-batches there is no norm to clip by.)
-    clips = size == "7b" and not name.endswith("-24gb")
+    clips = size == "7b" and not config.train.fused_backward
+    assert config.train.fused_backward == (name == "galore8bit-7b-24gb" or name in SINGLE)
     assert optimizer.clip_norm == (1.0 if clips else None)
     assert config.model.param_dtype == "bfloat16"
     shape = dataclasses.replace(config.model, param_dtype="float32", dtype="float32", remat=False)
     assert shape == PRESETS[size]
-    if not name.startswith("full"):
+    if name.startswith("apollo"):
+        assert (optimizer.learning_rate, optimizer.every) == (0.01, 200)
+    elif not name.startswith("full"):
         assert optimizer.rank == RANKS[size] and optimizer.scale == 0.25
         assert optimizer.learning_rate == (0.005 if size == "7b" else 0.01)
     if "galore" in name:
         assert optimizer.every == (500 if size == "7b" else 200)
     assert config.data.layout == "documents" and config.data.validation_tokens == 10_000_000
-    assert config.train.batch_size % config.train.micro_batch_size == 0
+    assert config.train.batch_size % (config.train.micro_batch_size or 1) == 0
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in ON_C4])
@@ -81,6 +88,14 @@ def test_one_card_of_24_gb_gets_the_fused_step_and_few_bits():
     assert config.optimizer.name == "galore_adamw8bit"
     assert config.optimizer.projector_dtype == "linear4"
     assert config.train.fused_backward and config.train.int8_weights and config.model.remat
+
+
+def test_the_public_scripts_of_one_sequence_a_step():
+    galore, mini = (read(name) for name in SINGLE)
+    assert galore.optimizer.name == "galore_adamw8bit" and not galore.model.remat
+    assert mini.optimizer.name == "apollo_mini" and mini.train.int8_weights
+    for config in (galore, mini):
+        assert config.train.batch_size == 1 and config.train.micro_batch_size is None
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -115,6 +130,8 @@ def test_published_figures_stand_in_the_headers():
         "full-350m": "2.06 G",
         "galore8bit-7b": "18 G",
         "galore8bit-7b-24gb": "22.8 G",
+        "galore8bit-7b-batch1": "22.72 G",
+        "apollo-mini-7b-12gb": "12 G",
         "osd-1b": "31.30 where GaLore has 35.52",
         "lomo-7b": "14.58 GB",
         "lomo-7b-sgd": "51.99 GB",
@@ -153,7 +170,7 @@ def test_help_lists_by_family_and_tells_of_one():
     for name in EXPERIMENTS:
         assert re.search(rf"^    {name} +\S", text, re.MULTILINE)
     families = re.findall(r"^  (\w.*):$", text, re.MULTILINE)
-    assert len(families) == len(set(families)) == 5
+    assert len(families) == len(set(families)) == 6
     out, err = finish(start(["--experiment", "galore-60m", "--help"]))
     flat = " ".join(re.sub(r"[│|]", " ", out).split())
     for part in ("galore-60m: GaLore at rank 128", "34.88", "0.26 GiB", "(default: 10000)"):

@@ -1,9 +1,9 @@
 """The published runs as experiments: GaLore's C4 pre-training and its baselines, and LOMO's.
 
 Sources: GaLore (arXiv 2403.03507: tables 2 and 3, appendix C, and the public scripts), Online
-Subspace Descent (2408.12857: tables 1 and 3), Q-GaLore (2407.08296), LOMO (2306.09782: tables 1
-and 2, and the public configuration). A table below has a row for each size, a function for each
-family has all that its sizes share.
+Subspace Descent (2408.12857: tables 1 and 3), Q-GaLore (2407.08296), APOLLO (2412.05270, and its
+public scripts), LOMO (2306.09782: tables 1 and 2, and the public configuration). A table below has
+a row for each size, a function for each family has all that its sizes share.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from models.config import PRESETS
 from train.config import Config
 
 
@@ -67,7 +66,7 @@ SIZES = {
 GIB = {
     **{"galore-60m": 0.26, "galore-130m": 0.57, "galore-350m": 1.29, "galore-1b": 4.44},
     **{"galore-7b": 21.31, "galore8bit-1b": 3.64, "galore8bit-7b": 17.86},
-    **{"galore8bit-7b-24gb": 10.62},
+    **{"galore8bit-7b-24gb": 10.62, "galore8bit-7b-batch1": 17.86, "apollo-mini-7b-12gb": 8.58},
     **{"osd-60m": 0.27, "osd-130m": 0.60, "osd-350m": 1.38, "osd-1b": 4.76},
     **{"osd-7b": 23.06, "osd8bit-7b": 17.86},
     **{"full-60m": 0.32, "full-130m": 0.75, "full-350m": 2.06, "full-1b": 7.48},
@@ -102,7 +101,7 @@ def published() -> dict[str, Experiment]:
     >>> published()["galore-60m"].delta(Config()).optimizer.rank
     128
     """
-    return dict(itertools.chain(_galore(), _online(), _full(), _lomo()))
+    return dict(itertools.chain(_galore(), _online(), _full(), _one_card(), _lomo()))
 
 
 def _galore() -> Entries:
@@ -177,6 +176,36 @@ def _full() -> Entries:
         yield _on_c4("full8bit", name, family, summary, estimate, result, settings, notes=notes)
 
 
+def _one_card() -> Entries:
+    """The public scripts that step at every sequence, on the gradient of one layer at a time."""
+    family = "C4 on one card, a step at every sequence"
+    single = {"batch_size": 1, "micro_batch_size": None, "fused_backward": True}
+    notes = (
+        "A step is 256 tokens, where the published perplexities are of 131,072: for its memory, "
+        "or with a rate swept for such steps"
+    )
+    eight = {"name": "galore_adamw8bit", "projector_dtype": "bfloat16"}
+    settings = _galore_settings(SIZES["7b"], **eight) | {"clip_norm": None}
+    result = "fits one card of 24 GB without activation checkpointing"
+    summary = f"GaLore at rank {SIZES['7b'].rank}, moments in 8 bits"
+    yield _on_c4(
+        *("galore8bit", "7b", family, summary, "22.72 G in a step", result, settings),
+        train=single,
+        remat=False,
+        suffix="-batch1",
+        notes=notes,
+    )
+    mini = {"name": "apollo_mini", "learning_rate": 0.01, "every": 200, "clip_norm": None}
+    result = "fits one card of 12 GB (Q-APOLLO-Mini)"
+    summary = "APOLLO-Mini, kernels in int8"
+    yield _on_c4(
+        *("apollo-mini", "7b", family, summary, "less than 12 G in a step", result, mini),
+        train=single | {"int8_weights": True},
+        suffix="-12gb",
+        notes=notes,
+    )
+
+
 def _galore_settings(size: Size, name: str = "galore", **more: object) -> Settings:
     return _subspace(size, name, every=size.every, **more)
 
@@ -195,18 +224,20 @@ def _on_c4(
     result: str,
     optimizer: Settings,
     train: Settings | None = None,
+    remat: bool | None = None,
     suffix: str = "",
     notes: str = "",
 ) -> tuple[str, Experiment]:
     """An experiment of the C4 recipe: 512 documents a step, each cut or padded to 256 tokens."""
     name, row = f"{prefix}-{size}{suffix}", SIZES[size]
+    half = {"param_dtype": "bfloat16", "dtype": "bfloat16"}
 
     def delta(config: Config) -> Config:
         data = {"layout": "documents", "validation_tokens": 10_000_000}
         micro = {"micro_batch_size": row.micro_batch}
         return change(
             config,
-            model={"param_dtype": "bfloat16", "dtype": "bfloat16", "remat": row.remat},
+            model=half | {"remat": row.remat if remat is None else remat},
             optimizer=SCHEDULE | {"clip_norm": row.clip_norm} | optimizer,
             data=data,
             train=ROWS | {"steps": row.steps} | micro | (train or {}),
@@ -238,8 +269,6 @@ ROWS = {"batch_size": 512, "sequence_length": 256, "eval_every": 1000}
 def _lomo() -> Entries:
     cards = {"7b": "one card", "13b": "2 cards", "30b": "4 cards", "65b": "8 cards"}
     for size, count in cards.items():
-        if size not in PRESETS:
-            continue
         result = f"trained on {count} of 24 GB"
         if size == "7b":
             result = "14.58 GB in a step: parameters 12.55, gradients 0.24, activations 1.79"
@@ -294,4 +323,4 @@ def _fine_tuning(
 
 def _memory(name: str, estimate: str = "") -> str:
     published = f" (published: {estimate})" if estimate else ""
-    return f"{GIB.get(name, 0):.2f} GiB of weights and optimizer state{published}"
+    return f"{GIB[name]:.2f} GiB of weights and optimizer state{published}"
