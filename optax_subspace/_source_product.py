@@ -283,9 +283,13 @@ def _contract(x: jax.Array, y: jax.Array, over: Over) -> jax.Array:
     summed = x.dtype if x.dtype == y.dtype == jnp.bfloat16 else wide
     tokens = tuple(range(x.ndim - 1))
     x, y = (a.astype(jnp.promote_types(x.dtype, y.dtype)) for a in (x, y))
+    # XLA:CPU copies the first factor of a sum over several axes, so that is the narrower.
+    turned = x.shape[-1] > y.shape[-1]
+    first, second = (y, x) if turned else (x, y)
     found = jax.lax.dot_general(
-        x, y, ((tokens, tokens), ((), ())), over.precision, preferred_element_type=summed
+        first, second, ((tokens, tokens), ((), ())), over.precision, preferred_element_type=summed
     )
+    found = found.T if turned else found
     return (jax.lax.psum(found, over.axes) if over.axes else found).astype(wide)
 
 
