@@ -88,7 +88,9 @@ class Subspace:
         compile_rules(self.rules)  # raises for what are none
         self.projector, self.inner = projector, inner
         self.stagger, self.moments, self.accumulate, self.seed = stagger, moments, accumulate, seed
-        if not isinstance(seed, int | np.integer | jax.Array):
+        # (An array where optax.inject_hyperparams has it in its state.)
+        dtype = getattr(seed, "dtype", np.dtype(type(seed)))
+        if np.shape(seed) or not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(f"seed must be an int, got {seed!r}")
         self.projector_dtype = projector_dtype
         self.called: set[Any] = set()  # see `compiled_alone`

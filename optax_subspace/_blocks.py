@@ -181,7 +181,13 @@ def _encode(x: jax.Array, layout: Layout, key: jax.Array | None) -> Quantized:
 
 
 def quantize_like(x: jax.Array, stored: Quantized, key: jax.Array | None = None) -> Quantized:
-    """``x`` in the blocks and of the class, shape and dtype of ``stored``."""
+    """``x`` in the blocks and of the class, shape and dtype of ``stored``.
+
+    Raises:
+      ValueError: ``x`` has another shape.
+    """
+    if x.shape != stored.shape:
+        raise ValueError(f"an array of shape {x.shape} for blocks of one of shape {stored.shape}")
     batch = stored.shape[: stored.batch]
     keys = None if key is None else jax.random.split(key, batch) if batch else key
     one = lambda x, key: _encode(x, stored.layout, key)

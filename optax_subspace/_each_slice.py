@@ -27,9 +27,9 @@ def compiled_alone(method: Any) -> Any:
     @functools.wraps(method)
     def call(self: Any, plan: LeafPlan, *arguments: Any) -> Any:
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
-        if not traced and _is_hashable(plan):
-            # One program for all leaves of a shape; an error is raised again, with the leaf's path.
-            alike = dataclasses.replace(plan, path="", reason="", scale=None)
+        # One program for all leaves of a shape; an error is raised again, with the leaf's path.
+        alike = dataclasses.replace(plan, path="", reason="", scale=None)
+        if not traced and _is_hashable(alike):
             called = getattr(self, "called", None)
             if called is None or (method.__name__, alike) in called:
                 with contextlib.suppress(ValueError):

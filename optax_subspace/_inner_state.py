@@ -7,6 +7,7 @@ An inner state is any tree of arrays. Its parts that are shaped like the paramet
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -170,24 +171,38 @@ def refused_if_other(inner: Any, gradients: Any, state: Any) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        check_shapes(jax.eval_shape(inner.init, gradients), state, error)
+        made = state
+        with contextlib.suppress(Exception):  # the error is that of the update
+            made = jax.eval_shape(inner.init, gradients)
+        for path, has, needs in _other_shapes(state, made):
+            raise ValueError(
+                f"the state of the inner transformation has {path} of shape {has}, these settings "
+                f"need {needs}: initialise the state with the same transformation and parameters"
+            ) from error
         raise
 
 
-def check_shapes(made: Any, state: Any, cause: Exception | None = None) -> None:
-    """Raises if arrays of a state have other shapes than those ``made`` with these settings."""
-    made, state = without_variables(made), without_variables(state)
-    made_like: Any = jax.tree.structure(made)
-    if made_like != jax.tree.structure(state):
+def check_shapes(new: Any, old: Any) -> None:
+    """Raises if an update has changed the shape of an array of the inner state."""
+    for path, before, after in _other_shapes(old, new):
+        raise ValueError(
+            f"the update of the inner transformation makes an array of shape {after} of {path} of "
+            f"shape {before}: states keep their shapes"
+        )
+
+
+def _other_shapes(tree: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Paths and both shapes of arrays that differ in it; none of trees of other structures."""
+    flatten = functools.partial(jax.tree_util.tree_flatten_with_path, is_leaf=is_quantized)
+    structure: Any
+    ours, structure = flatten(without_variables(tree))
+    theirs, like = flatten(without_variables(other))
+    if len(ours) != len(theirs) or structure != like:
         return
-    pairs = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(made), strict=True)
-    for (path, has), needs in pairs:
-        if jnp.shape(has) != jnp.shape(needs):
-            raise ValueError(
-                f"the state of the inner transformation has {path_name(path)} of shape "
-                f"{jnp.shape(has)}, these settings need {jnp.shape(needs)}: initialise the state "
-                "with the same transformation and parameters"
-            ) from cause
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        one, two = (x.shape if is_quantized(x) else jnp.shape(x) for x in (a, b))
+        if one != two:
+            yield path_name(path), one, two
 
 
 def turn_moments(

@@ -140,68 +140,51 @@ def _refuse(how, *arguments):
 _once.defvjp(_refuse, _refuse)
 
 
-def _finder(settings: Settings) -> Any:
-    """``_found`` with rules of its own under ``vmap``.
+def _finder(settings: Settings, axes: int = 0) -> Any:
+    """``_found`` of arrays with so many axes of kernels in front, with rules of its own under
+    ``vmap``; such an axis is 1 of what kernels share.
 
     Examples that go through one kernel one by one are more tokens of it: each alone would find
     another basis. Several kernels are worked on at once, but for new bases, which are found one by
     one, so that no more than one gradient is formed: on each device one of its own where the
     kernels are split.
     """
-    split = dict(settings.how.split)
 
     @jax.custom_batching.custom_vmap
-    def find(*arguments: Any) -> Any:  # an axis of kernels in front, of 1 where all share a value
-        kernels = max(x.shape[0] for x in jax.tree.leaves(arguments))
-        if kernels == 1:
-            found = _found(settings, *jax.tree.map(lambda x: x[0], arguments))
-            return jax.tree.map(lambda x: x[None], found)
+    def find(*arguments: Any) -> Any:
+        leaves = jax.tree.leaves(arguments)
+        sizes = tuple(max(x.shape[i] for x in leaves) for i in range(axes))
         renewed = None
-        if settings.how.refresh:
-            devices = math.prod(split.values())
-            devices = devices if kernels % devices == 0 else 1
-            kept, dy, aux, probe = arguments
-            own = lambda x: jnp.broadcast_to(x, (kernels, *x.shape[1:]))
-            renewed = _renewed_in(devices, settings, kept, dy, jax.tree.map(own, aux), probe)
-        arguments = *arguments, renewed
-        shared = jax.tree.map(lambda x: x.shape[0] == 1, arguments)
-        arguments = jax.tree.map(lambda x, same: x[0] if same else x, arguments, shared)
-        axes = jax.tree.map(lambda same: None if same else 0, shared)
-        return jax.vmap(functools.partial(_found, settings), axes)(*arguments)
+        if settings.how.refresh and math.prod(sizes) > 1:
+            renewed = _renewed_in(settings, sizes, *arguments)
+        return _over_kernels(functools.partial(_found, settings), axes, *arguments, renewed)
 
     @find.def_vmap
     def _(size: int, batched: Any, *arguments: Any) -> Any:
         several = any(jax.tree.leaves(batched[2:]))
         if several:
-            axis = lambda x, b: x.shape[int(b)]
-            kernels = max(jax.tree.leaves(jax.tree.map(axis, arguments, tuple(batched))))
-            # An axis that is split comes before all others, so that its parts stay together.
-            place = 0 if size in split else 1
-
-            def in_front(x: jax.Array, b: bool) -> jax.Array:
-                if axis(x, b) == 1 and not b:
-                    return x
-                full = x if b else x[None]
-                full = jnp.broadcast_to(full, (size, kernels, *full.shape[2:]))
-                return jnp.moveaxis(full, 0, place).reshape(-1, *full.shape[2:])
-
-            def apart(x: jax.Array) -> jax.Array:
-                sizes = (size, -1) if place == 0 else (-1, size)
-                return jnp.moveaxis(x.reshape(*sizes, *x.shape[1:]), place, 0)
-
-            found = find(*jax.tree.map(in_front, arguments, tuple(batched)))
-            found = jax.tree.map(apart, found)
+            in_front = lambda x, b: x if b else x[None]
+            arguments = jax.tree.map(in_front, arguments, tuple(batched))
+            found = _finder(settings, axes + 1)(*arguments)
         else:
             whole = lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape))
             ends = jax.tree.map(whole, arguments[:2], tuple(batched[:2]))
-            found = find(*(x.swapaxes(0, 1) for x in ends), *arguments[2:])
+            found = find(*(jnp.moveaxis(x, 0, axes) for x in ends), *arguments[2:])
         return found, jax.tree.map(lambda _: several, found)
 
-    def alone(*arguments: Any) -> Any:
-        found = find(*jax.tree.map(lambda x: x[None], arguments))
-        return jax.tree.map(lambda x: x[0], found)
+    return find
 
-    return alone
+
+def _over_kernels(function: Any, axes: int, *arguments: Any) -> Any:
+    """``function`` under ``vmap`` along so many axes in front, but where they are 1."""
+    if not axes:
+        return function(*arguments)
+    shared = jax.tree.map(lambda x: x.shape[0] == 1, arguments)
+    arguments = jax.tree.map(lambda x, same: x[0] if same else x, arguments, shared)
+    inner = functools.partial(_over_kernels, function, axes - 1)
+    if all(jax.tree.leaves(shared)):
+        return jax.tree.map(lambda x: x[None], inner(*arguments))
+    return jax.vmap(inner, jax.tree.map(lambda same: None if same else 0, shared))(*arguments)
 
 
 class Over(NamedTuple):
@@ -382,36 +365,55 @@ def _refreshed(how: How, gradient: Gradient, bases: Any, rules: Any, due: jax.Ar
 
 
 def _renewed_in(
-    devices: int, settings: Settings, kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe
+    settings: Settings, sizes: tuple[int, ...], kept: Any, dy: Any, aux: Any, probe: Probe
 ) -> Any:
-    """Of several kernels, in as many ``devices``: as ``_refreshed``, one due kernel after another.
+    """Of several kernels, along axes of ``sizes`` in front: as ``_refreshed``, one due kernel after
+    another, those on different devices at once.
 
-    All have an axis of kernels in front; it is 1 of what they share, but for ``aux``.
+    Where two axes have one size, either may be the one that is split: both are taken for it.
     """
+    split = dict(settings.how.split)
+    devices = [split.get(size, 1) for size in sizes]
+    apart = [size // parts for size, parts in zip(sizes, devices, strict=True)]
+    k = len(sizes)
 
-    def gradient(i: Any, kept: jax.Array, dy: jax.Array, probe: Probe) -> Gradient:
-        take = lambda x: x[jnp.minimum(i, x.shape[0] - 1)]
-        kept, dy, probe = jax.tree.map(take, (kept, dy, probe))
-        return Gradient(kept, dy, _over(settings, kept, dy, probe))
+    def group(x: jax.Array) -> jax.Array:  # (d1 s1, d2 s2, ...) to (d1, d2, s1, s2, ...)
+        pairs = zip(x.shape, devices, apart, strict=False)
+        parts = [(1, 1) if size == 1 else (d, s) for size, d, s in pairs]
+        x = x.reshape(*(size for pair in parts for size in pair), *x.shape[k:])
+        return x.transpose(*range(0, 2 * k, 2), *range(1, 2 * k, 2), *range(2 * k, x.ndim))
+
+    def ungroup(x: jax.Array) -> jax.Array:
+        x = x.transpose(*(i + j for i in range(k) for j in (0, k)), *range(2 * k, x.ndim))
+        return x.reshape(*sizes, *x.shape[2 * k :])
 
     def renew_all(kept: jax.Array, dy: jax.Array, aux: Any, probe: Probe) -> Any:
-        bases, rules, due = aux
+        def gradient(i: Any) -> Gradient:
+            place = jnp.unravel_index(i, apart)
+
+            def take(x: jax.Array) -> jax.Array:
+                for j in place:
+                    j = jnp.minimum(j, x.shape[0] - 1)
+                    x = jax.lax.dynamic_index_in_dim(x, j, keepdims=False)
+                return x
+
+            x, d, p = jax.tree.map(take, (kept, dy, probe))
+            return Gradient(x, d, _over(settings, x, d, p))
 
         def renew(i: Any, carry: Any) -> Any:
             old = jax.tree.map(lambda x: x[i], carry[:2])
-            new = _renewed(settings.how, gradient(i, kept, dy, probe), *old)
+            new = _renewed(settings.how, gradient(i), *old)
             return jax.tree.map(lambda x, n: x.at[i].set(n), carry, new)
 
-        varying = _varying_as_found(gradient(0, kept, dy, probe), bases, rules, due)
-        return in_due_slices(due, renew, varying((bases, rules, jnp.zeros(due.shape, bool))))
+        bases, rules, due = jax.tree.map(lambda x: x.reshape(-1, *x.shape[k:]), aux)
+        varying = _varying_as_found(gradient(0), bases, rules, due)
+        start = varying((bases, rules, jnp.zeros(due.shape, bool)))
+        found = in_due_slices(due, renew, start)
+        return jax.tree.map(lambda x: x.reshape(*apart, *x.shape[1:]), found)
 
-    if devices == 1:
-        return renew_all(kept, dy, aux, probe)
-    arguments = kept, dy, aux, probe
-    axes = jax.tree.map(lambda x: None if x.shape[0] == 1 else 0, arguments)
-    group = lambda x: x if x.shape[0] == 1 else x.reshape(devices, -1, *x.shape[1:])
-    found = jax.vmap(renew_all, axes)(*jax.tree.map(group, arguments))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    aux = jax.tree.map(lambda x: jnp.broadcast_to(x, (*sizes, *x.shape[k:])), aux)
+    arguments = jax.tree.map(group, (kept, dy, aux, probe))
+    return jax.tree.map(ungroup, _over_kernels(renew_all, k, *arguments))
 
 
 def as_floats(tree: Any) -> Any:

@@ -214,7 +214,7 @@ def scale_by_subspace(
         integer leaf.
       ValueError: unknown ``side`` or ``moments``, ``rank`` or ``accumulate`` below one; at
         ``init``, a rule that does not fit; at ``update``, a state that was made with other
-        settings.
+        settings, as far as shapes tell.
 
     Example:
       >>> import jax.numpy as jnp, optax

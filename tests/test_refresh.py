@@ -544,13 +544,32 @@ def test_a_state_of_the_other_side_is_told(rank):
     added to a gradient of one row would become a matrix."""
     params = {"w": jnp.eye(6)}
     made = lambda side, inner, **kw: osub.scale_by_subspace(inner, rank=rank, side=side, **kw)
-    for inner, of in ((optax.scale_by_adam(), "mu/w"), (optax.trace(0.9), "trace/w")):
+    few_bits = osub.quantize_state(optax.trace(0.9), min_size=0)
+    cases = (optax.scale_by_adam(), "mu/w"), (optax.trace(0.9), "trace/w"), (few_bits, "trace/w")
+    for inner, of in cases:
         state = made("left", inner).init(params)
         with pytest.raises(ValueError, match=rf"{of} of shape \({rank}, 6\), these settings need"):
             made("right", inner).update(params, state)
     left, right = (made(side, optax.identity(), accumulate=2) for side in ("left", "right"))
     with pytest.raises(ValueError, match="parameter w: the state holds a sum of low-rank gradien"):
         right.update(params, left.init(params))
+
+
+def test_an_inner_transformation_that_changes_or_reads_what_it_keeps():
+    keeps = lambda update: optax.GradientTransformation(lambda _: jnp.zeros(()), update)
+    grows = keeps(lambda updates, state, params=None: (updates, state[None]))
+    params = {"w": jnp.eye(6)}
+    tx = osub.scale_by_subspace(grows, rank=2)
+    with pytest.raises(ValueError, match=r"of shape \(1,\) of \(root\) of shape \(\): states keep"):
+        tx.update(params, tx.init(params))
+
+    def fails(updates, state, params=None):
+        raise ValueError("its own words")
+
+    reads = lambda params: jnp.float32(float(jnp.sum(params["w"])))
+    tx = osub.scale_by_subspace(optax.GradientTransformation(reads, fails), rank=2)
+    with pytest.raises(ValueError, match="its own words"):
+        tx.update(params, tx.init(params))
 
 
 def test_a_rule_of_objects_that_have_no_hash():

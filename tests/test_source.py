@@ -606,7 +606,11 @@ def gathered(tx, loss, params, x):
     return [shape for shape in moved if int(np.prod([int(n) for n in shape.split(",") if n])) > 8]
 dense = lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) ** 2)
 experts = lambda p, x: jnp.mean(jax.vmap(lambda x, w: jnp.tanh(x @ w))(x, p["w"]) ** 2)
+stack = lambda p, x: jnp.mean(
+    jax.vmap(lambda w: jax.vmap(lambda x, w: jnp.tanh(x @ w), (0, 0))(x, w))(p["w"]) ** 2
+)
 spec = osub.MatrixSpec(-2, -1, batch_split=8)
+rows, both = (osub.MatrixSpec(-2, -1, batch_split=split) for split in ((1, 4), (2, 4)))
 one = osub.subspace_iteration()
 found = {
     "time first": gathered(
@@ -621,6 +625,14 @@ found = {
         osub.galore(1e-2, 4, rules=[("w", spec)]), experts,
         {"w": at((16, 8, 12), ("data", "seq"))}, at((16, 32, 8), ("data", "seq")),
     ),
+    "as many layers": gathered(
+        osub.galore(1e-2, 4, projector=one, rules=[("w", rows)]), stack,
+        {"w": at((4, 4, 8, 12), None, "seq")}, at((4, 32, 8), "seq"),
+    ),
+    "both split": gathered(
+        osub.galore(1e-2, 4, projector=one, rules=[("w", both)]), stack,
+        {"w": at((4, 8, 8, 12), "data", "seq")}, at((8, 32, 8), "seq"),
+    ),
 }
 print(json.dumps(found))
 """
@@ -628,7 +640,10 @@ print(json.dumps(found))
 
 def test_split_tokens_and_split_experts_stay_where_they_are():
     """Also where the axis that is split isn't the first, and on a step that finds bases."""
-    assert on_eight_devices(SPLIT) == {"time first": [], "both": [], "experts": []}
+    found = on_eight_devices(SPLIT)
+    assert found == dict.fromkeys(
+        ("time first", "both", "experts", "as many layers", "both split"), []
+    )
 
 
 def test_only_low_rank_gradients_cross_devices():

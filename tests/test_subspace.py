@@ -471,8 +471,11 @@ def test_errors_of_the_factory_and_of_foreign_states():
     adam = optax.scale_by_adam()
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         osub.scale_by_subspace(adam, rank=0)
-    with pytest.raises(TypeError, match="seed must be an int, got .a."):
-        osub.galore(0.1, 2, seed="a")
+    for seed in ("a", 1.5, jnp.float32(3), np.zeros(2, int)):
+        with pytest.raises(TypeError, match="seed must be an int, got"):
+            osub.galore(0.1, 2, seed=seed)
+    for seed in (np.int32(3), np.array(3), jnp.array(3)):
+        osub.galore(0.1, 2, seed=seed)
     with pytest.raises(TypeError, match=r"rank must be an int, got 2\.5"):
         osub.subspace_project(rank=2.5)
     with pytest.raises(TypeError, match="rank"):
