@@ -16,7 +16,7 @@ from optax_subspace._each_slice import compiled_alone
 from optax_subspace._handover import LowRankUpdate
 from optax_subspace._leaves import LeafPlan
 from optax_subspace._plan import plan as plan_tree
-from optax_subspace._projected import SourceBasis, found_at_source, is_projected
+from optax_subspace._projected import SourceBasis, found_at_source, in_full_shape, is_projected
 from optax_subspace._projection import compute_dtype, in_turn, project, to_matrices
 from optax_subspace._projection_state import (
     LeafBasis,
@@ -183,8 +183,7 @@ class Subspace:
         """
         structure: Any
         leaves_in, structure = jax.tree.flatten(updates, is_leaf=is_projected)
-        full = [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_projected(x) else x for x in leaves_in]
-        plans = self.plan(structure.unflatten(full))
+        plans = self.plan(in_full_shape(updates))
         steps = optax.safe_increment(state.steps)
         if not plans:
             return [], state._replace(steps=steps)
@@ -198,8 +197,8 @@ class Subspace:
         leaves, skipped, accumulated, handed = {}, {}, {}, []
         low_before = None
         for plan, leaf in zip(plans, leaves_in, strict=True):
-            old = state.leaves.get(plan.path)
-            early = steps_early(plan.projector or self.projector, turns.get(plan.path))
+            old, rule = state.leaves.get(plan.path), plan.projector or self.projector
+            early = steps_early(rule, turns.get(plan.path))
             found = matrices = None
             if is_projected(leaf):
                 found = found_at_source(source, plan)
@@ -257,7 +256,7 @@ class Subspace:
                     matrices,
                     projected,
                 )
-                if (plan.projector or self.projector).follow is not None:
+                if rule.follow is not None:
                     # What the rule needs of the gradient ends before the update begins.
                     followed = dequantize(leaves[plan.path].bases[0])
                     handed_on.low = in_turn(handed_on.low, followed)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,9 +28,11 @@ def compiled_alone(method: Any) -> Any:
     @functools.wraps(method)
     def call(self: Any, plan: LeafPlan, *arguments: Any) -> Any:
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments))
+        if traced:
+            return method(self, plan, *arguments)
         # One program for all leaves of a shape; an error is raised again, with the leaf's path.
         alike = dataclasses.replace(plan, path="", reason="", scale=None)
-        if not traced and _is_hashable(alike):
+        if _is_hashable(alike):
             called = getattr(self, "called", None)
             if called is None or (method.__name__, alike) in called:
                 with contextlib.suppress(ValueError):
@@ -56,21 +59,15 @@ def over_slices(function: Any, plan: LeafPlan, *arrays: Any) -> Any:
     ``arrays`` and what is returned have the leaf's batch axes instead. Slices on different devices
     (``batch_split``) are worked on at once, each where it is.
     """
-    parts = [(d, size // d) for d, size in zip(plan.batch_split, plan.batch_shape, strict=True)]
-    devices = [d for d, _ in parts]
-    k = len(parts)
+    devices = plan.batch_split
+    alone = [size // d for size, d in zip(plan.batch_shape, devices, strict=True)]
+    k = len(devices)
 
-    def group(x):  # (d1 s1, d2 s2, ...) to (d1, d2, s1 s2, ...)
-        rest = x.shape[k:]
-        x = x.reshape(*(size for part in parts for size in part), *rest)
-        x = x.transpose(*range(0, 2 * k, 2), *range(1, 2 * k, 2), *range(2 * k, x.ndim))
-        return x.reshape(*devices, -1, *rest)
+    def group(x):  # to (d1, d2, s1 s2, ...)
+        return parts_in_front(x, devices).reshape(*devices, -1, *x.shape[k:])
 
     def ungroup(x):
-        rest = x.shape[k + 1 :]
-        x = x.reshape(*devices, *(size for _, size in parts), *rest)
-        x = x.transpose(*(i + j for i in range(k) for j in (0, k)), *range(2 * k, x.ndim))
-        return x.reshape(*plan.batch_shape, *rest)
+        return parts_in_place(x.reshape(*devices, *alone, *x.shape[k + 1 :]), k)
 
     if math.prod(devices) == 1:
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[k:]), arrays)
@@ -79,6 +76,21 @@ def over_slices(function: Any, plan: LeafPlan, *arrays: Any) -> Any:
     for _ in devices:
         function = jax.vmap(function)
     return jax.tree.map(ungroup, function(*jax.tree.map(group, arrays)))
+
+
+def parts_in_front(x: jax.Array, parts: Sequence[int]) -> jax.Array:
+    """``(d1 s1, d2 s2, ...)`` to ``(d1, d2, s1, s2, ...)``, with ``parts`` d of the first axes."""
+    k = len(parts)
+    sizes = [n for d, size in zip(parts, x.shape, strict=False) for n in (d, size // d)]
+    x = x.reshape(*sizes, *x.shape[k:])
+    return x.transpose(*range(0, 2 * k, 2), *range(1, 2 * k, 2), *range(2 * k, x.ndim))
+
+
+def parts_in_place(x: jax.Array, k: int) -> jax.Array:
+    """The inverse of :func:`parts_in_front`: ``(d1, ..., dk, s1, ..., sk, ...)`` back again."""
+    sizes = [x.shape[i] * x.shape[k + i] for i in range(k)]
+    x = x.transpose(*(i + j for i in range(k) for j in (0, k)), *range(2 * k, x.ndim))
+    return x.reshape(*sizes, *x.shape[2 * k :])
 
 
 def in_due_slices(due: jax.Array, body: Any, carry: Any) -> Any:

@@ -197,7 +197,7 @@ def _other_shapes(tree: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
     structure: Any
     ours, structure = flatten(without_variables(tree))
     theirs, like = flatten(without_variables(other))
-    if len(ours) != len(theirs) or structure != like:
+    if structure != like:
         return
     for (path, a), (_, b) in zip(ours, theirs, strict=True):
         one, two = (x.shape if is_quantized(x) else jnp.shape(x) for x in (a, b))

@@ -11,7 +11,7 @@ import optax
 from optax_subspace._blocks import dequantize, without_variables
 from optax_subspace._describe import planned
 from optax_subspace._leaves import LeafPlan, leaf_names
-from optax_subspace._projected import is_projected
+from optax_subspace._projected import in_full_shape, is_projected
 from optax_subspace._projection import compute_dtype, largest, project, to_matrices
 from optax_subspace._projection_state import LeafBasis, ProjectionState, plan_of
 
@@ -66,11 +66,10 @@ def subspace_metrics(
       (1.0, 1)
     """
     updates, state = without_variables((updates, state))
-    whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_projected(x) else x
     leaves = jax.tree.leaves(updates, is_leaf=is_projected)
-    updates = jax.tree.map(whole, updates, is_leaf=is_projected)
-    plans, _ = planned(tx, updates)
-    gradients = dict(zip(leaf_names(updates), leaves, strict=True))
+    full = in_full_shape(updates)
+    plans, _ = planned(tx, full)
+    gradients = dict(zip(leaf_names(full), leaves, strict=True))
     is_projection = lambda x: isinstance(x, ProjectionState)
     found = {}
     for node in jax.tree.leaves(state, is_leaf=is_projection):

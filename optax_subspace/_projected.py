@@ -87,3 +87,9 @@ def found_at_source(source: dict[str, SourceBasis] | None, plan: LeafPlan) -> So
             "tx.update(gradients, state, params, source=source)"
         )
     return source[plan.path]
+
+
+def in_full_shape(tree: Any) -> Any:
+    """``tree`` with the shape of its parameter in place of each :class:`Projected` leaf."""
+    whole = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_projected(x) else x
+    return jax.tree.map(whole, tree, is_leaf=is_projected)

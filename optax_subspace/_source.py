@@ -28,13 +28,8 @@ from optax_subspace._source_check import (
     first_misuse,
 )
 from optax_subspace._source_kernel import MARK_DTYPE, SourceKernel, mark
-from optax_subspace._source_product import (
-    How,
-    Probe,
-    as_floats,
-    differentiated_twice,
-    from_floats,
-)
+from optax_subspace._source_product import Probe, differentiated_twice
+from optax_subspace._source_refresh import How, as_floats, from_floats
 from optax_subspace._varying import varying_as
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_subspace._sharding import refuse_explicit_axes
-from optax_subspace._source_product import How, Probe, Settings, product
+from optax_subspace._source_product import Probe, Settings, product
+from optax_subspace._source_refresh import How
 
 # What errors of JAX call the dtype of a mark.
 MARK_DTYPE = "key<fry>"
@@ -167,7 +168,8 @@ def source_dot_general(
     x = lhs.transpose(*free, *contracted).reshape(*tokens, m)
     matrix = rhs.weight.transpose(*how.reduction, *how.output).reshape(m, -1)
     if precision is None:
-        # That of the context, which has ended when the backward pass is traced.
+        # That of the context, which has ended when the backward pass is traced. (Type checkers know
+        # no options of the configuration.)
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     settings = Settings(how, precision, preferred_element_type)
     out = product(settings, x, matrix, (rhs.bases, rhs.rules, rhs.due), rhs.probe)

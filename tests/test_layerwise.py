@@ -1,10 +1,5 @@
 """Updates inside of the backward pass equal those after it, and the gradient tree never exists."""
 
-import json
-import os
-import subprocess
-import sys
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,7 +10,7 @@ import pytest
 import optax_subspace as osub
 from models import llama
 from models.config import LlamaConfig
-from tests.train_helpers import ROOT, host_devices
+from tests.train_helpers import on_eight_devices
 
 CONFIG = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_heads=2, num_layers=3)
 KERNELS = (
@@ -416,21 +411,7 @@ print(json.dumps({
 @pytest.mark.slow
 def test_clipped_accumulated_and_parallel_at_once_equals_the_plain_step():
     """Fused, with micro-batches, a global norm, a tied embedding and eight devices."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": host_devices(8),
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout)
+    found = on_eight_devices(EIGHT_DEVICES)
     assert found["away"] < 1e-5 and found["loss"] < 1e-5 and found["norm"] < 1e-5
     # Gradients are reduced layer by layer, within the loops: no reduction is of several layers.
     in_loops = [size for where, size in found["reduced"].items() if where != "ENTRY"]

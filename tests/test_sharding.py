@@ -1,9 +1,5 @@
 """State on several devices: its shardings, and what the compiled step moves between them."""
 
-import json
-import os
-import subprocess
-import sys
 import types
 import warnings
 
@@ -14,7 +10,7 @@ import pytest
 
 import optax_subspace as osub
 from optax_subspace._varying import varying_axes
-from tests.train_helpers import ROOT, host_devices
+from tests.train_helpers import on_eight_devices
 
 PROGRAM = r"""
 import json, re, sys
@@ -101,36 +97,14 @@ print(json.dumps(found))
 """
 
 
-def on_eight_devices(*arguments):
-    return run_on_eight_devices(PROGRAM, *arguments)
-
-
-def run_on_eight_devices(*program):
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": host_devices(8),
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", *program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
-
-
 @pytest.fixture(scope="module")
 def found():
-    return on_eight_devices()
+    return on_eight_devices(PROGRAM)
 
 
 @pytest.mark.slow
 def test_no_projector_gathers_a_full_weight():
-    everything = on_eight_devices("all")
+    everything = on_eight_devices(PROGRAM, "all")
     assert len(everything) == 67
     check_moves(everything)
     assert max(result["error"] for result in everything.values()) < 1e-5
@@ -339,7 +313,7 @@ print(json.dumps(found))
 
 def test_the_order_of_leaves_gathers_nothing():
     """One leaf waits for another's low-rank gradient or basis: for a number of it alone."""
-    assert run_on_eight_devices(ONE_AFTER_THE_OTHER) == {"columns": [], "stack": []}
+    assert on_eight_devices(ONE_AFTER_THE_OTHER) == {"columns": [], "stack": []}
 
 
 def test_axes_of_a_shard_map_in_older_releases_of_jax(monkeypatch):

@@ -2,10 +2,6 @@
 
 import doctest
 import functools
-import json
-import os
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
@@ -18,7 +14,7 @@ from flax import nnx
 import optax_subspace as osub
 from optax_subspace import MatrixSpec
 from optax_subspace._source import AtSource
-from tests.train_helpers import ROOT, host_devices
+from tests.train_helpers import on_eight_devices
 
 RULES = [("layers/", MatrixSpec(-2, -1)), ("experts", MatrixSpec(-2, -1)), ("in|out", None)]
 PROJECTORS = {
@@ -570,17 +566,6 @@ for dtype in ("float32", "bfloat16"):
         others += more if name != "afterwards" else []
 print(json.dumps({"values": found, "moved": moved, "others": others}))
 """
-
-
-def on_eight_devices(script):
-    """What a script prints at its end, in JSON."""
-    flags = f"{host_devices(8)} --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags}
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 SPLIT = r"""

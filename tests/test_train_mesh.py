@@ -16,7 +16,14 @@ import pytest
 from models import sharding
 from models.lora import LoraKernel
 from optax_subspace import dequantize
-from tests.train_helpers import ROOT, batch_shapes, host_devices, pair, write_text
+from tests.train_helpers import (
+    ROOT,
+    batch_shapes,
+    host_devices,
+    on_eight_devices,
+    pair,
+    write_text,
+)
 from train import hlo, launch, mesh, placement, source, step
 from train.cli import parse
 from train.config import MeshConfig
@@ -94,17 +101,8 @@ def train(words, devices, data=None, fsdp=None, steps=3):
     return [*losses, float(nats / count)], state
 
 
-def on_eight_devices(program, *arguments):
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": host_devices(8),
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-W", "error::UserWarning", "-c", program, *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+def without_warnings(program, *arguments):
+    return on_eight_devices(program, *arguments, options=["-W", "error::UserWarning"])
 
 
 # Losses by case and mesh, and the parts of each array of the state on 2 x 4 devices.
@@ -164,7 +162,7 @@ def check(found, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def found():
-    return on_eight_devices(PROGRAM, *FAST)
+    return without_warnings(PROGRAM, *FAST)
 
 
 def test_any_mesh_gives_the_same_losses(found):
@@ -173,7 +171,7 @@ def test_any_mesh_gives_the_same_losses(found):
 
 @pytest.mark.slow
 def test_every_kind_of_step_gives_the_same_losses():
-    everything = on_eight_devices(PROGRAM, *(case for case in CASES if case not in FAST))
+    everything = without_warnings(PROGRAM, *(case for case in CASES if case not in FAST))
     few_bits = {case for case in CASES if case not in FAST and ("8" in case or "subspace" in case)}
     check({case: result for case, result in everything.items() if case not in few_bits})
     # Blocks keep to a device's part, so that scales and codes differ with the mesh.
@@ -188,7 +186,7 @@ def test_every_kind_of_step_gives_the_same_losses():
 
 @pytest.mark.slow
 def test_gradients_projected_at_the_source_are_those_of_one_device():
-    losses, afterwards, at_source = on_eight_devices(SOURCE)
+    losses, afterwards, at_source = without_warnings(SOURCE)
     for name, (alone, split) in losses.items():
         np.testing.assert_allclose(split, alone, rtol=1e-5, err_msg=name)
     # Neither hidden states nor tokens cross, though the loss goes through them in chunks.

@@ -8,7 +8,9 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,20 @@ TINY = [
 def host_devices(count: int) -> str:
     """`XLA_FLAGS` of a process with so many devices, which compiles as shortly as the suite."""
     return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+
+
+def on_eight_devices(program: str, *arguments: str, options: Sequence[str] = ()) -> Any:
+    """What a program prints at its end, in JSON, in a process that has eight devices."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": host_devices(8),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, *options, "-c", program, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def pair(windows: jax.Array) -> Batch:
