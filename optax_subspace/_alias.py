@@ -69,7 +69,8 @@ def galore(
         ``mu_dtype`` and ``nu_dtype`` are then not used.
       b1, b2: decay rates of the first and second moment.
       eps: added to the root of the second moment.
-      mu_dtype, nu_dtype: dtypes in which the moments are stored, float32 by default.
+      mu_dtype, nu_dtype: dtypes in which the moments are stored, float32 by default. A second
+        moment in bfloat16 rises but hardly falls: a decay of 0.999 is below its resolution.
       projector_dtype: how the bases are stored, in float32 by default; see
         :func:`scale_by_subspace`.
       stagger, moments, accumulate, seed: see :func:`scale_by_subspace`, whose defaults None stands

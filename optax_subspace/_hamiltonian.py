@@ -54,7 +54,9 @@ def scale_by_hamiltonian_descent(
         :func:`lion_k`, or a :class:`Kinetic` of one's own.
       damping: :math:`a`, the kinetic's own by default.
       mu_dtype, nu_dtype: dtypes in which momentum and squares are stored, the parameters' by
-        default; the arithmetic is float32 (float64 for float64 parameters).
+        default; the arithmetic is float32 (float64 for float64 parameters). Squares in bfloat16
+        rise but hardly fall, as a decay of 0.999 is below its resolution: for bfloat16 parameters
+        outside a subspace ask for ``nu_dtype=jnp.float32``.
 
     Returns:
       A transformation with state :class:`HamiltonianState`.
