@@ -78,7 +78,8 @@ def found_at_source(source: dict[str, SourceBasis] | None, plan: LeafPlan) -> So
         raise ValueError(
             f"parameter {plan.path}: its gradient was projected at the source, and these settings "
             f"leave it alone ({plan.reason}): give subspace_value_and_grad the transformation that "
-            "takes its gradients"
+            "takes its gradients, and if another member of a chain projects it, have "
+            "optax.multi_transform give each parameter to one of them"
         )
     if source is None or plan.path not in source:
         raise ValueError(

@@ -30,7 +30,7 @@ from optax_subspace._source_check import (
 from optax_subspace._source_kernel import MARK_DTYPE, SourceKernel, mark
 from optax_subspace._source_product import Probe, differentiated_twice
 from optax_subspace._source_refresh import How, as_floats, from_floats
-from optax_subspace._varying import varying_as
+from optax_subspace._varying import refuse_unchecked_axes, varying_as
 
 
 def subspace_value_and_grad(
@@ -129,6 +129,7 @@ class AtSource:
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: Any, state: Any, refresh: bool):
+        refuse_unchecked_axes()
         leaves, self._structure = jax.tree.flatten(params)
         self._names = leaf_names(params)
         by_name = dict(zip(self._names, leaves, strict=True))
@@ -149,6 +150,16 @@ class AtSource:
             yield
         except (TypeError, NotImplementedError) as error:
             self._explain(error)
+            raise
+        except (ValueError, IndexError) as error:
+            if any(word in str(error) for word in ("vmap", "sharding_constraint", "tuple index")):
+                error.add_note(
+                    f"({self._paths()} are projected at the source: in the loss each is a tree "
+                    "of arrays that have the kernel's batch axes in front and little else in "
+                    "common. vmap and scan go along those axes alone; shardings are for the "
+                    "parameters given, not for a kernel in the loss, and flax.linen.unbox takes "
+                    "its boxes off before.)"
+                )
             raise
 
     def check(self, fun: Callable[[Any], Any]) -> None:
@@ -171,7 +182,18 @@ class AtSource:
         held += [None] * len(jax.tree.leaves(self.rest))
         misused = first_misuse(program.jaxpr, held)
         if misused is not None:
-            raise self._goes_through(misused.path)
+            path = misused.held.path
+            if misused.primitive == "select_n":
+                raise TypeError(
+                    f"the loss chooses between arrays of {path}, as a jax.lax.cond does "
+                    "under vmap whose predicate is one of each example, and it is projected at the "
+                    "source, where its gradient is that of x @ kernel alone: choose between the "
+                    "results, jnp.where(predicate, x @ kernel, other), or project afterwards"
+                )
+            raise self._goes_through(path)
+
+    def _paths(self) -> str:
+        return ", ".join([*self._kernels][:5]) + ", ..." * (len(self._kernels) > 5)
 
     def _goes_through(self, names: str) -> TypeError:
         return TypeError(
@@ -183,10 +205,9 @@ class AtSource:
 
     def _explain(self, error: Exception) -> None:
         """Raises what an error of JAX means where it met a stand-in."""
-        names, said = ", ".join([*self._kernels][:5]), str(error)
-        names += ", ..." * (len(self._kernels) > 5)
-        # (Methods of random keys, and forward mode through a custom derivative.)
-        if "custom_lin" in said:
+        names, said = self._paths(), str(error)
+        # (Forward mode through a custom derivative, one within a derivative rule too.)
+        if "custom_lin" in said or "custom_vjp_call" in said:
             raise differentiated_twice(names) from error
         if MARK_DTYPE in said or "abstract method" in said:
             raise self._goes_through(names) from error
@@ -297,8 +318,8 @@ def _projections(
             if plan.path in found:
                 raise ValueError(
                     f"parameter {plan.path} is projected by two members of the transformation, and "
-                    "its gradient at the source has one basis: project afterwards, or have one of "
-                    "them leave it alone by a rule of None"
+                    "its gradient at the source has one basis: project afterwards, or have the "
+                    "later of them leave it alone by a rule of None"
                 )
             found[plan.path] = plan, node.leaves[plan.path], subspace, first
     return found

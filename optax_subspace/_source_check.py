@@ -23,16 +23,25 @@ class Held(NamedTuple):
     weight: bool
 
 
+class Misuse(NamedTuple):
+    """A kernel whose arrays are computed with, and the name of the primitive that does; none where
+    they are the result."""
+
+    held: Held
+    primitive: str
+
+
 # Primitives that put numbers elsewhere and leave them as they are, and `stop_gradient`, after which
 # a gradient of zero is right.
 _MOVES = (
     *("broadcast_in_dim", "concatenate", "copy", "copy_p", "device_put", "dynamic_slice"),
-    *("expand_dims", "gather", "mesh_cast", "name", "pcast", "pvary", "reshape", "reshard"),
+    *("expand_dims", "gather", "mesh_cast", "name", "pcast", "pvary", "reshape", "reshard", "rev"),
     *("sharding_constraint", "slice", "split", "squeeze", "stack", "stop_gradient", "transpose"),
+    "unstack",
 )
 
 
-def first_misuse(jaxpr: Any, held: list[Held | None]) -> Held | None:
+def first_misuse(jaxpr: Any, held: list[Held | None]) -> Misuse | None:
     """The first of the kernels whose arrays ``jaxpr`` computes with, or has for its result.
 
     Args:
@@ -41,10 +50,10 @@ def first_misuse(jaxpr: Any, held: list[Held | None]) -> Held | None:
     """
     found, out = _walk(jaxpr, held)
     # (Of results that follow the loss, of aux, there is no gradient to lose.)
-    return found or (out[0] if out else None)
+    return found or (Misuse(out[0], "") if out and out[0] else None)
 
 
-def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Held | None, list[Held | None]]:
+def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Misuse | None, list[Held | None]]:
     """A kernel that is computed with, and what the results are."""
     now = {v: h for v, h in zip(jaxpr.invars, held, strict=True) if h is not None}
     of = lambda v: None if isinstance(v, Literal) else now.get(v)
@@ -65,7 +74,7 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Held | None, list[Held |
             elif name == "convert_element_type" and some.weight:
                 out = [some]
             else:
-                found = some
+                found = Misuse(some, name)
         if found is not None:
             return found, []
         assert out is not None
@@ -73,7 +82,7 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Held | None, list[Held |
     return None, [of(v) for v in jaxpr.outvars]
 
 
-def _within(eqn: Any, given: list[Any]) -> tuple[Held | None, list[Any] | None]:
+def _within(eqn: Any, given: list[Any]) -> tuple[Misuse | None, list[Any] | None]:
     """``_walk`` of an equation that holds programs; results of None where it holds none."""
     params, name = eqn.params, eqn.primitive.name
     open_up = lambda program: getattr(program, "jaxpr", program)
@@ -99,7 +108,7 @@ def _within(eqn: Any, given: list[Any]) -> tuple[Held | None, list[Any] | None]:
 
 def _settled(
     program: Any, before: list[Any], carry: list[Any], after: list[Any]
-) -> tuple[Held | None, list[Any]]:
+) -> tuple[Misuse | None, list[Any]]:
     """``_walk`` of a loop's program, as often as what it carries holds more than a turn before."""
     while True:
         found, out = _walk(program, before + carry + after)

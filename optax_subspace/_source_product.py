@@ -103,9 +103,9 @@ def _once(how: How, dx: jax.Array, uses: jax.Array) -> jax.Array:
 
 def differentiated_twice(paths: str) -> TypeError:
     return TypeError(
-        f"the loss holds a derivative (a gradient penalty, say) that depends on {paths}, projected "
-        "at the source, where the gradient is that of x @ kernel alone: leave it at full rank by a "
-        "rule of None, or project afterwards"
+        "the loss holds a derivative (a gradient penalty, say, or the rule of a jax.custom_jvp) "
+        f"that depends on {paths}, projected at the source, where the gradient is that of "
+        "x @ kernel alone: leave it at full rank by a rule of None, or project afterwards"
     )
 
 

@@ -26,6 +26,19 @@ def not_varying(x: Any, tree: Any) -> tuple[str, ...]:
     return tuple(sorted(found - varying_axes(x)))
 
 
+def refuse_unchecked_axes() -> None:
+    """Raises ValueError within a ``shard_map`` or ``pmap`` that does not track what varies."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    unchecked = [name for name in manual if not varying_axes(jax.lax.axis_index(name))]
+    if unchecked:
+        raise ValueError(
+            f"a gradient at the source within a shard_map over {unchecked[0]!r} with "
+            "check_vma=False (a pmap is one), where nothing tells which kernels the devices share: "
+            "each would find bases of its own for them. Leave check_vma at True, or give jax.jit "
+            "arrays that are split over the devices"
+        )
+
+
 def varying_axes(x: Any) -> frozenset[str]:
     """The axes of a ``shard_map`` along which an array differs; none of what is only a shape."""
     if isinstance(x, jax.ShapeDtypeStruct):

@@ -1,4 +1,4 @@
-"""The parameter tree of the contract tests and what its gradients are."""
+"""Parameter trees of the tests, what their gradients are, and whether two trees are alike."""
 
 import contextlib
 
@@ -53,3 +53,18 @@ def counting_compilations():
         yield compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def kernels(**shapes):
+    """Random matrices of the shapes given."""
+    keys = jax.random.split(jax.random.key(3), len(shapes))
+    return {n: jax.random.normal(k, s) / 4 for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    """Leaf by leaf, the distance relative to the leaf."""
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        distance = jnp.linalg.norm(jnp.ravel(a - b))
+        assert distance <= tolerance * jnp.linalg.norm(jnp.ravel(b)), (path, distance)

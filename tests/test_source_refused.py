@@ -1,0 +1,210 @@
+"""What would lose its gradient at the source is refused, and says why."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optax_subspace as osub
+from optax_subspace import MatrixSpec
+from tests.trees import assert_close, kernels
+
+
+def test_what_would_lose_its_gradient_is_refused():
+    params, x = kernels(a=(12, 20)), jnp.ones((8, 12))
+    tx = osub.galore(0.1, 3)
+    state = tx.init(params)
+    kernel, stack = kernels(h=(3, 8, 10)), kernels(e=(2, 12, 20))
+    heads = osub.galore(0.1, 3, rules=[("h", MatrixSpec((0, 1), 2))])
+    experts = osub.galore(0.1, 3, rules=[("e", MatrixSpec(-2, -1))])
+    run = lambda fun, tx=tx, **more: osub.subspace_value_and_grad(fun, tx)(
+        params, tx.init(params), x
+    )
+    for fun in (
+        lambda p, x: jnp.sum(x @ p["a"].reshape(12, 20)),
+        lambda p, x: jnp.sum(p["a"].T @ x.T),
+        lambda p, x: jnp.sum(x[:, :6] @ p["a"][:6]),
+        lambda p, x: jnp.sum(
+            osub.source_dot_general(x, p["a"], (((0,), (1,)), ((), ())))  # the other axis
+        ),
+    ):
+        with pytest.raises(TypeError, match=r"parameter a of shape \(12, 20\).*rule of None"):
+            run(fun)
+    for fun in (
+        lambda p, x: jnp.sum(jnp.sin(p["a"])),
+        lambda p, x: jnp.sum(jnp.dot(x, p["a"])),
+        lambda p, x: jnp.sum(p["a"] * 2),
+    ):
+        with pytest.raises(TypeError, match="the loss uses one of a in another way.*SourceKernel"):
+            run(fun)
+    for fun in (
+        lambda p, x: jnp.sum(x @ p["a"]) + optax.tree.norm(p, squared=True),
+        lambda p, x: jnp.sum(x @ p["a"]) + sum(jnp.sum(w**2) for w in jax.tree.leaves(p)),
+        lambda p, x: jnp.sum(x @ jax.tree.map(lambda w: w.astype(jnp.bfloat16), p)["a"]),
+    ):
+        with pytest.raises(TypeError, match="leaves of all parameters.*and a are projected"):
+            run(fun)
+    slope = lambda p, x: jax.grad(lambda x: jnp.sum(jnp.sin(x @ p["a"])))(x)
+    with pytest.raises(TypeError, match="a derivative .* that depends on a"):
+        run(lambda p, x: jnp.sum(slope(p, x) ** 2))
+    with pytest.raises(TypeError, match="a derivative .* that depends on a"):
+        run(lambda p, x: jnp.sum(jax.jvp(lambda x: x @ p["a"], (x,), (x,))[1]))
+    swapped = (((1, 2), (0, 1)), ((), ()))
+    with pytest.raises(TypeError, match=r"an array of shape \(4, 8, 3\) contracted over"):
+        osub.subspace_value_and_grad(
+            lambda p, x: jnp.sum(osub.source_dot_general(x, p["h"], swapped)), heads
+        )(kernel, heads.init(kernel), jnp.ones((4, 8, 3)))
+    with pytest.raises(TypeError, match=r"not for all slices at once: jax.vmap"):
+        osub.subspace_value_and_grad(lambda p, x: jnp.sum(x @ p["e"]), experts)(
+            stack, experts.init(stack), jnp.ones((2, 4, 12))
+        )
+    fun = lambda p, x: jnp.sum(x @ p["a"])
+    _, gradients, source = run(fun)
+    with pytest.raises(ValueError, match="parameter a: .*source=source"):
+        tx.update(gradients, state, params)
+    other = osub.galore(0.1, 3, rules=[("a", None)])
+    with pytest.raises(ValueError, match="parameter a: .*left alone by rule"):
+        other.update(gradients, other.init(params), params, source=source)
+    with pytest.raises(ValueError, match=r"relative_to='estimate'"):
+        run(fun, osub.online_subspace_descent(0.1, 3, projector=osub.oja(relative_to="gradient")))
+    with pytest.raises(ValueError, match="the state holds 1 projections and the transf.* makes 0"):
+        osub.subspace_value_and_grad(fun, optax.sgd(0.1))(params, state, x)
+
+
+def test_filters_of_leaves_do_not_take_a_kernel_for_numbers():
+    """Its arrays have shapes and dtypes that a filter lets through."""
+    params, x = {**kernels(a=(8, 12), e=(2, 12, 12)), "b": jnp.ones(12)}, jnp.ones((4, 8))
+    rules = [("e", MatrixSpec(-2, -1))]
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, rules=rules)
+
+    def fun(p, x):
+        x, _ = jax.lax.scan(lambda x, k: (jnp.tanh(x @ k), None), x @ p["a"] + p["b"], p["e"])
+        return jnp.sum(x)
+
+    leaves = jax.tree.leaves
+    matrices = lambda w: w.ndim > 1
+    floating = lambda w: jnp.issubdtype(w.dtype, jnp.floating)
+    on = lambda keep, f: lambda p: jax.tree.map(lambda w: f(w) if keep(w) else w, p)
+    half = lambda w: w.astype(jnp.bfloat16)
+    in_scan = lambda p: jax.lax.scan(lambda c, k: (c + jnp.sum(leaves(k)[0]), None), 0.0, p["e"])[0]
+    looped = lambda w: jax.lax.while_loop(
+        lambda c: jnp.sum(c[1]) < 0, lambda c: (c[0] + 1, c[1]), (0, w)
+    )[0]
+    for bad in (
+        lambda p, x: fun(p, x) + sum(jnp.sum(w**2) for w in leaves(p) if matrices(w)),
+        lambda p, x: fun(p, x) + sum(jnp.sum(w**2) for w in leaves(p) if floating(w)),
+        lambda p, x: fun(on(floating, half)(p), x),
+        lambda p, x: fun(on(matrices, lambda w: w * 0.5)(p), x),
+        lambda p, x: fun(p, x) + in_scan(p),
+        lambda p, x: fun(p, x) + jax.checkpoint(lambda p: jnp.sum(leaves(p["e"])[0]))(p),
+        lambda p, x: fun(p, x) + jax.lax.cond(x[0, 0] > 0, in_scan, lambda p: 0.0, p),
+        lambda p, x: fun(p, x) + looped(leaves(p["e"])[0]),
+        lambda p, x: fun(p, x) + leaves(p["a"])[0][0, 0],
+    ):
+        with pytest.raises(TypeError, match="the loss goes through the leaves.* projected at"):
+            jax.eval_shape(osub.subspace_value_and_grad(bad, tx), params, tx.init(params), x)
+
+    def moved(p, x):  # as layers in a Python loop are, one of them in a branch
+        layer = lambda i: jax.tree.map(lambda w: w[i], p["e"])
+        x = jnp.tanh(x @ p["a"].astype(jnp.bfloat16)).astype(jnp.float32) + p["b"]
+        x = x @ layer(0)
+        return jnp.sum(jax.lax.cond(x[0, 0] > 0, lambda x, k: x @ k, lambda x, k: x, x, layer(1)))
+
+    jax.eval_shape(osub.subspace_value_and_grad(moved, tx), params, tx.init(params), x)
+
+
+def test_what_the_source_cannot_tell_apart_is_refused():
+    twice = optax.chain(
+        osub.scale_by_subspace(optax.identity(), rank=4),
+        osub.scale_by_subspace(optax.scale_by_adam(), rank=4),
+    )
+    params, x = {"w": jnp.eye(8, 6)}, jnp.ones((2, 8))
+    loss = lambda params, x: jnp.mean(x @ params["w"])
+    with pytest.raises(ValueError, match="parameter w is projected by two members"):
+        osub.subspace_value_and_grad(loss, twice)(params, twice.init(params), x)
+    last = osub.galore(1e-2, 2, rules=[("w", MatrixSpec(0, 1))])
+    params = {"w": jnp.ones((8, 6, 3))}
+    with pytest.raises(ValueError, match=r"parameter w of .*: its batch axes \(2,\) are not in fr"):
+        osub.subspace_value_and_grad(loss, last)(params, last.init(params), x)
+
+
+def test_a_kernel_that_an_earlier_member_leaves_alone_is_refused():
+    """It would do to the low-rank gradient what it does to a leaf at full rank."""
+    first = osub.scale_by_subspace(optax.scale_by_adam(), rank=3, rules=[("b", None)])
+    second = osub.scale_by_subspace(optax.scale_by_adam(), rank=2, rules=[("a", None)])
+    tx, params = optax.chain(first, second), kernels(a=(8, 12), b=(12, 6))
+    loss = lambda p, x: jnp.mean(jnp.sin(x @ p["a"]) @ p["b"])
+    grad = osub.subspace_value_and_grad(loss, tx)
+    _, gradients, source = grad(params, tx.init(params), jnp.ones((4, 8)))
+    with pytest.raises(ValueError, match=r"parameter b: .* have optax\.multi_transform give each"):
+        tx.update(gradients, tx.init(params), params, source=source)
+
+
+def test_errors_that_a_kernel_is_the_cause_of_say_so():
+    tx, params, x = osub.galore(0.1, 3), kernels(a=(8, 12)), jnp.ones((4, 8))
+    run = lambda fun: osub.subspace_value_and_grad(fun, tx)(params, tx.init(params), x)
+    dense = jax.custom_jvp(lambda x, w: x @ w)
+    dense.defjvp(lambda at, by: (at[0] @ at[1], by[0] @ at[1] + at[0] @ by[1]))
+    with pytest.raises(TypeError, match="the rule of a jax.custom_jvp.* that depends on a"):
+        run(lambda p, x: jnp.sum(dense(x, p["a"])))
+    chosen = lambda p: (
+        lambda x: jax.lax.cond(x[0] > 0, lambda x: jnp.sum(x @ p["a"]), lambda x: jnp.sum(x), x)
+    )
+    with pytest.raises(TypeError, match="chooses between arrays of a, as a jax.lax.cond does und"):
+        run(lambda p, x: jnp.sum(jax.vmap(chosen(p))(x)))
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("model",))
+    split = jax.NamedSharding(mesh, jax.P(None, "model"))
+    columns = lambda p, x: jnp.sum(jax.vmap(lambda w: x @ w, in_axes=1)(p["a"]))
+    rows = lambda p, x: jax.lax.scan(lambda c, w: (c + jnp.sum(w), None), 0.0, p["a"])[0]
+    constrained = lambda p, x: jnp.sum(x @ jax.lax.with_sharding_constraint(p["a"], split))
+    for fun in (columns, rows, constrained):
+        with pytest.raises((ValueError, IndexError)) as error:
+            run(fun)
+        assert any("(a are projected at the source" in note for note in error.value.__notes__)
+    with pytest.raises(ValueError, match="my own") as error:
+
+        def failing(p, x):
+            raise ValueError("my own")
+
+        run(failing)
+    assert not any("projected" in note for note in getattr(error.value, "__notes__", ()))
+
+
+def test_layers_that_are_moved_are_not_refused():
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, rules=[("e", MatrixSpec(-2, -1))])
+    params, x = kernels(e=(3, 8, 8)), jax.random.normal(jax.random.key(0), (4, 8))
+    step = lambda x, w: (jnp.tanh(x @ w), None)
+    for order in (lambda w: w[::-1], lambda w: jnp.stack(jnp.unstack(w)[1:])):
+        loss = lambda p, x, order=order: jnp.mean(
+            jnp.sin(jax.lax.scan(step, x, jax.tree.map(order, p["e"]))[0])
+        )
+        state = tx.init(params)
+        _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, state, x)
+        ours, _ = tx.update(gradients, state, params, source=source)
+        assert_close(ours, tx.update(jax.grad(loss)(params, x), state, params)[0])
+
+
+def test_gradients_within_an_unchecked_shard_map_are_refused():
+    """Averaged over devices each of which found a basis of its own they would mean nothing."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    tx, params = osub.galore(0.1, 3), kernels(a=(8, 12))
+    grad = osub.subspace_value_and_grad(lambda p, x: jnp.mean(jnp.sin(x @ p["a"])), tx)
+    local = lambda p, s, x: jax.lax.pmean(grad(p, s, x)[1], "data")
+    specs = {"in_specs": (jax.P(), jax.P(), jax.P("data")), "out_specs": jax.P()}
+    arguments = params, tx.init(params), jnp.ones((4, 8))
+    unchecked = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
+    with pytest.raises(ValueError, match="within a shard_map over 'data' with check_vma=False"):
+        jax.eval_shape(unchecked, *arguments)
+    with pytest.raises(ValueError, match=r"\(a pmap is one\)"):
+        stacked = jax.tree.map(lambda a: a[None], arguments)
+        jax.eval_shape(jax.pmap(local, axis_name="data"), *stacked)
+
+
+def test_explicit_axes_are_refused():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    params, tx = kernels(a=(8, 12)), osub.galore(0.1, 3)
+    put = lambda t: jax.device_put(t, jax.NamedSharding(mesh, jax.P()))
+    fun = lambda p, x: jnp.mean(jnp.sin(x @ p["a"]))
+    grad = osub.subspace_value_and_grad(fun, tx)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="the mesh has explicit axes"):
+        jax.eval_shape(grad, put(params), put(tx.init(params)), put(jnp.ones((4, 8))))
