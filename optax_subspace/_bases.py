@@ -44,6 +44,7 @@ from optax_subspace._schedule import (
     offsets,
     steps_early,
 )
+from optax_subspace._sharding import refuse_explicit_split
 from optax_subspace._varying import varying_as
 
 MOMENTS = ("keep", "project", "reset")
@@ -126,6 +127,9 @@ class Subspace:
         check_unique(plans)
         # Within `shard_map` a state differs between devices where its parameter does.
         like = dict(zip((p.path for p in plans), jax.tree.leaves(params), strict=True))
+        for plan in plans:
+            if plan.projected and isinstance(like[plan.path], jax.Array):
+                refuse_explicit_split(like[plan.path], plan.path)
         leaf = lambda p: varying_as(self.init_leaf(p), like[p.path])
         leaves = {p.path: leaf(p) for p in plans if p.projected}
         skipped = {p.path: varying_as(jnp.zeros([], jnp.int32), like[p.path]) for p in plans}
@@ -214,6 +218,7 @@ class Subspace:
                 leaf = jnp.asarray(leaf)
                 low = leaf.astype(compute_dtype(leaf.dtype))
             if old is not None and found is None:
+                refuse_explicit_split(low, plan.path)
                 matrices = to_matrices(low, plan)
                 basis, before = self._refresh_leaf(plan, matrices, old, early, first)
                 bases = tuple(dequantize(b) for b in basis.bases)

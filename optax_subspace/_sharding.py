@@ -21,14 +21,21 @@ from optax_subspace._projection_state import LeafBasis, ProjectionState, plan_of
 _Axes = tuple[str, ...] | None  # mesh axes that one axis of an array is split over
 
 
-def refuse_explicit_axes(mesh: Any) -> None:
+def refuse_explicit_axes(mesh: Any, where: str = "") -> None:
     """Raises ValueError for a mesh, an abstract one too, with explicit axes."""
     if any(kind == AxisType.Explicit for kind in mesh.axis_types):
         raise ValueError(
-            f"the mesh has explicit axes {mesh.axis_names}, for which JAX asks a sharding of every "
-            "product: make it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * "
-            f"{len(mesh.axis_names)}), or give jax.sharding.Mesh"
+            f"{where}the mesh has explicit axes {mesh.axis_names}, for which JAX asks shardings of "
+            "products: make it with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) "
+            f"* {len(mesh.axis_names)}), or give jax.sharding.Mesh"
         )
+
+
+def refuse_explicit_split(x: Any, path: str) -> None:
+    """Raises ValueError for an array that is split over explicit axes of a mesh."""
+    sharding = jax.typeof(x).sharding
+    if any(sharding.spec):
+        refuse_explicit_axes(sharding.mesh, f"parameter {path} is split, and ")
 
 
 def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> Any:
@@ -42,8 +49,9 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
     the default of ``galore``, and finds the first basis of rules that follow:
     ``subspace_iteration()`` and ``history_pca(first=subspace_iteration())`` gather nothing.) A leaf
     that is split along a batch axis needs ``batch_split`` in its rule, or it is gathered at each
-    step, of which a warning tells. What belongs to no parameter, such as a counter, is on every
-    device.
+    step, of which a warning tells. (Where the longer side is split, ``svd`` adds up its Gram matrix
+    over the devices at a refresh, the shorter side squared: as much as a square matrix itself.)
+    What belongs to no parameter, such as a counter, is on every device.
 
     Args:
       tx: any transformation, with or without projections of this library in it.

@@ -205,6 +205,15 @@ def test_explicit_axes_and_interleaved_splits_are_told():
     shape = lambda dims, sharding: {"w": jax.ShapeDtypeStruct(dims, jnp.float32, sharding=sharding)}
     with pytest.raises(ValueError, match=r"explicit axes \('x',\).*AxisType.Auto"):
         osub.state_shardings(osub.galore(0.1, 2), shape((16, 8), place(explicit, "x")))
+    tx = osub.galore(0.1, 2)
+    replicated = jax.device_put(jnp.ones((16, 8)), place(explicit))
+    split = jax.device_put(replicated, place(explicit, None, "x"))
+    with pytest.raises(ValueError, match=r"parameter w is split, and the mesh has explicit axes"):
+        tx.init({"w": split})
+    state = tx.init({"w": replicated})
+    jax.eval_shape(tx.update, {"w": replicated}, state)
+    with pytest.raises(ValueError, match=r"parameter w is split, and the mesh has explicit axes"):
+        jax.eval_shape(tx.update, {"w": split}, state)
     mesh = two_devices()
     tx = osub.galore(0.1, 2, rules=[("w", osub.MatrixSpec((0, 1, 2), 3))])
     convolution = shape((3, 3, 16, 32), place(mesh, None, None, "x"))

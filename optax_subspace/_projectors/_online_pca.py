@@ -124,7 +124,8 @@ def tied_rate(
 
     Returns:
       A number or a schedule for the optimizer of :func:`online_pca`. The basis takes its first step
-      with the second step of the weights.
+      with the second step of the weights. It counts the gradients that a leaf, or a slice of it,
+      has used: where some were zero or not finite, it is behind the weights' schedule by as many.
 
     Raises:
       TypeError: ``peak`` is no number, or ``every`` no int.
