@@ -15,6 +15,8 @@ from optax_subspace._projection import IN_TURN
 
 _Leaves = frozenset[int]  # indices of the gradients that a value depends on
 _NONE: _Leaves = frozenset()
+# Transformations that only call others.
+_WRAPPERS = ("chain", "named_chain", "masked", "partition", "with_extra_args_support")
 
 
 def check_leaves_apart(tx: optax.GradientTransformation, params: Any, remedy: str) -> None:
@@ -150,8 +152,12 @@ def _name(eqn: JaxprEqn) -> str:
     """The innermost transformation in whose ``init`` or ``update`` an equation was traced."""
     traceback = eqn.source_info.traceback
     frames: Sequence[Any] = traceback.frames if traceback is not None else ()
+    called = ""
     for frame in frames:
         found = re.search(r"(\w+)\.<locals>\.(init|update)(_fn)?$", frame.function_name)
-        if found:
+        if found and found[1] not in _WRAPPERS:
             return found[1]
+        if found:  # what it calls is a transformation's, under a name of its own
+            return called.partition(".<locals>")[0].replace("<lambda>", "")
+        called = frame.function_name
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_subspace._blocks import is_quantized
 from optax_subspace._fused_state import LossScale
 from optax_subspace._leaves import can_learn, leaf_names
 from optax_subspace._projectors._base import check_count, check_number, is_number
@@ -55,6 +57,17 @@ def check_loss(value: Any) -> None:
     raise TypeError(
         f"fused_backward: loss must return one real number, the mean as a JAX array, got {found}"
     )
+
+
+def warn_if_rounded_to_nearest(params: Any, seed: int | None) -> None:
+    """Warns of int8 weights without a seed, most of which would stay where they are."""
+    if seed is None and any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        warnings.warn(
+            "fused_backward rounds weights in int8 to the nearest code, which loses all updates "
+            "below half the distance of two: give seed= to round them stochastically",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def refuse_integers(params: Any) -> None:

@@ -17,6 +17,7 @@ from optax_subspace._fused_checks import (
     check_loss_scale,
     refuse_gradient_trees,
     refuse_integers,
+    warn_if_rounded_to_nearest,
 )
 from optax_subspace._fused_state import (
     FusedMetrics,
@@ -103,7 +104,8 @@ def fused_backward(
       at_source: project the layers' gradients at the source, as :func:`subspace_value_and_grad`
         does, whose conditions hold: not even one layer's gradient is formed, but where a basis is
         due. Norms are then those of the low-rank gradients. Takes ``remat``.
-      seed: of the stochastic rounding of weights of few bits; None rounds to nearest.
+      seed: of the stochastic rounding of weights of few bits; None rounds to nearest, which
+        leaves most weights of int8, and those of bfloat16 at small rates, where they are.
 
     Returns:
       ``init(params) -> state`` and ``step(params, state, batch) -> (params, state, metrics)``; see
@@ -154,6 +156,7 @@ def fused_backward(
         one = jax.eval_shape(lambda s: as_seen(slice_of(s, 0)), stack)
         seen = {layers: one, **jax.eval_shape(as_seen, rest)}
         refuse_integers(seen)
+        warn_if_rounded_to_nearest(params, seed)
         check_leaves_apart(tx, seen, _REMEDY)
 
         def init_layer(layer: Any) -> Any:

@@ -157,11 +157,24 @@ def through_a_mutable_array():
     return optax.GradientTransformation(lambda params: (), update_fn)
 
 
+def divided_by_norm(updates, state, params=None):
+    return jax.tree.map(lambda x: x / optax.tree.norm(updates), updates), state
+
+
+DIVIDED = optax.GradientTransformation(lambda params: (), divided_by_norm)
+
+
 @pytest.mark.parametrize(
     ("tx", "name"),
     [
         (shared_norm(), "shared_norm"),
         (shared_norm()._replace(init=optax.tree.norm), "the transformation"),
+        (DIVIDED, "divided_by_norm"),
+        (optax.chain(optax.trace(0.9), DIVIDED, optax.scale(0.1)), "divided_by_norm"),
+        (
+            optax.GradientTransformation(DIVIDED.init, lambda *a: divided_by_norm(*a)),
+            "the transformation",
+        ),
     ],
 )
 def test_leaves_that_are_mixed_at_the_beginning_are_found(tx, name):

@@ -1,5 +1,7 @@
 """Updates inside of the backward pass equal those after it, and the gradient tree never exists."""
 
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -263,7 +265,10 @@ def test_int8_weights_are_updated_in_place_with_stochastic_rounding():
     ends = {}
     for seed in (None, 0, 1):
         fused = osub.fused_backward(*functions, tx, seed=seed)
-        step, state, now = jax.jit(fused.step), fused.init(stored), stored
+        with warnings.catch_warnings(record=True) as caught:
+            step, state, now = jax.jit(fused.step), fused.init(stored), stored
+        told = [str(w.message) for w in caught if "seed=" in str(w.message)]
+        assert len(told) == (seed is None)
         for batch in batches(3):
             now, state, _ = step(now, state, batch)
         chex.assert_trees_all_equal_shapes_and_dtypes(now, stored)
