@@ -43,12 +43,14 @@ def read_header(folder: Path) -> Header:
             refuse(key, f"the model here has {json.dumps(value)} alone")
     if raw.get("quantization_config") is not None:
         refuse("quantization_config", "give unquantised weights, or a .gguf file")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(key) or {}
+        plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type"))
+        if plain not in (None, "default"):
+            refuse(key, _PLAIN_ROPE)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in (
-        None,
-        "default",
-    ):
-        refuse("rope_parameters" if raw.get("rope_parameters") else "rope_scaling", _PLAIN_ROPE)
+    if not isinstance(raw.get("rms_norm_eps", 1e-6), int | float):
+        refuse("rms_norm_eps", "give a number")
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     heads = raw.get("num_attention_heads")
     with _named(path):

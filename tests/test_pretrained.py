@@ -120,12 +120,15 @@ def test_values_of_the_configuration_are_read(folder):
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "linear"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is"),
+        ({"rope_scaling": [1]}, "rope_scaling is [1]"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"head_dim": 8}, "head_dim is 8"),
         ({"num_hidden_layers": ...}, "lacks num_hidden_layers"),
         ({"hidden_size": 18}, "hidden_size=18"),
         ({"dtype": "float64"}, "float64"),
-        ({"rms_norm_eps": "small"}, "small"),
+        ({"rms_norm_eps": "small"}, 'rms_norm_eps is "small"'),
+        ({"rms_norm_eps": None}, "rms_norm_eps is null"),
     ],
 )
 def test_what_the_model_does_not_do_is_refused_by_name(folder, changes, words):

@@ -21,7 +21,7 @@ from models import llama
 from models.config import PRESETS
 from optax_subspace import Layout, QuantizedWeight, dequantize, quantize
 from tests.train_helpers import ROOT, TINY, batch_shapes, finish, pair, start, write_text
-from train import cache, gradient, memory, optimizer, records, step
+from train import cache, gradient, memory, optimizer, processes, records, step
 from train.checkpoint import Checkpoints
 from train.config import DEFAULT_LEARNING_RATE, Config, MeshConfig, OptimizerConfig, resolve
 from train.errors import UsageError, no_space
@@ -115,6 +115,13 @@ def test_the_best_are_kept_beside_the_newest(tmp_path, said):
     assert not checkpoints.is_among_best(2.0) and checkpoints.is_among_best(1.5)
     (tmp_path / "checkpoints" / "20" / "validation.json").write_text("{")
     assert checkpoints.is_among_best(99.0)
+
+
+def test_all_processes_save_what_the_first_would(tmp_path, said, monkeypatch):
+    """Another may see the folder late; if it did not save, the others would wait for it."""
+    checkpoints = make(tmp_path, said, keep=1, keep_best=1)
+    monkeypatch.setattr(processes, "from_first", lambda function: not function())
+    assert not checkpoints.is_among_best(1.0)
 
 
 def state_in_blocks(shards):

@@ -1,5 +1,6 @@
 """Multiple choice: likelihoods, the readers of tasks, and the command."""
 
+import dataclasses
 import json
 import math
 
@@ -79,6 +80,12 @@ def test_a_model_that_gives_no_numbers_has_no_score(model, monkeypatch):
     monkeypatch.setattr(module, "log_likelihoods", lambda *_: found)
     with pytest.raises(UsageError, match="of 1 of 2 answers are not finite"):
         score(model, [Question("a", ("b", "c"), 0)])
+
+
+def test_a_tokenizer_of_other_weights_is_told(model):
+    small = model._replace(config=dataclasses.replace(CONFIG, vocab_size=120))
+    with pytest.raises(UsageError, match="gives the id 121, its weights have 120 embeddings"):
+        score(small, [Question("x", ("y", "ab"), 0)])
 
 
 def test_what_is_too_long_loses_the_beginning_of_the_prompt(model):

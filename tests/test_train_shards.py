@@ -185,7 +185,10 @@ def test_empty_shards_lines_and_texts_hold_no_document(folder):
     said = []
     found = read(folder, say=said.append)
     assert texts(shards.Shards(found)) == [*TEXTS, "d", "e", "f"]
-    assert said == ["1 lines without a text or a completion to learn are left out"]
+    assert said == [
+        "1 lines without a text or a completion to learn are left out",
+        f"{folder / 'c.jsonl'} has no documents",
+    ]
 
 
 def test_a_shard_that_is_gone_is_named(folder):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import jax
@@ -23,7 +24,7 @@ from train.export import Arguments as ExportArguments
 from train.export import export
 from train.sample import Arguments as SampleArguments
 from train.sample import sample
-from train.tokenizer import Pieces, fit
+from train.tokenizer import Bytes, Pieces, fit
 from train.weights import keep_tokenizer, key, tokenizer
 
 MODEL = LlamaConfig(
@@ -160,6 +161,10 @@ def test_what_stands_before_a_text(model, tmp_path):
     keep_tokenizer(pieces, copy, 64)
     found = tokenizer(str(copy))
     assert found.start == () and found.vocab_size == 270
+    keep_tokenizer(Bytes(), copy, 64)  # which have no file
+    assert isinstance(tokenizer(str(copy)), Bytes)
+    (copy / "tokenizer_config.json").write_text("{")
+    assert tokenizer(str(copy)) is None
 
 
 def test_a_sentencepiece_model_begins_texts_unless_it_is_told_not_to(tmp_path):
@@ -287,11 +292,13 @@ def test_a_full_disk_leaves_nothing_behind(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_checkpoint_is_passed_over_or_named(run, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_or_named(run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
     victim = next(p for p in (copy / "checkpoints" / "4" / "state").rglob("*") if p.is_file())
     victim.write_bytes(b"")
+    capsys.readouterr()
     assert runs.load(str(copy)).name == "run, step 2"
+    assert re.search("step 4 can't be used: .*; taking step 2", capsys.readouterr().err)
     with pytest.raises(UsageError, match="checkpoint of step 4 can't be used"):
         runs.load(str(copy), 4)
     older = copy / "checkpoints" / "2"

@@ -70,9 +70,16 @@ class Checkpoints:
         return self._shown / str(step)
 
     def is_among_best(self, score: float) -> bool:
-        """Whether a checkpoint of this validation loss would be kept for it."""
-        better = [other for other in self._scores().values() if other <= score]
-        return len(better) < self._keep_best
+        """Whether a checkpoint of this validation loss would be kept for it.
+
+        As the first process finds the folder: others may see it late, and all save or none does.
+        """
+
+        def among_best() -> bool:
+            better = [other for other in self._scores().values() if other <= score]
+            return len(better) < self._keep_best
+
+        return bool(processes.from_first(among_best))
 
     def save(self, step: int, state: State, data: Any, score: float | None = None) -> None:
         """Begins to save the state, which may be donated then, and the data's position.

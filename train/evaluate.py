@@ -103,6 +103,12 @@ def score(model: Loaded, questions: Sequence[tasks.Question], batch_size: int = 
             rows.append(row)
             lost = lost or cut
         truncated += lost
+    largest = max(int(row.tokens.max()) for row in rows)
+    if largest >= model.config.vocab_size:
+        raise UsageError(
+            f"{model.name}: its tokenizer gives the id {largest}, its weights have "
+            f"{model.config.vocab_size} embeddings; put the tokenizer of these weights beside them"
+        )
     sums = log_likelihoods(model, rows, batch_size)
     if not np.isfinite(sums).all():
         # The likeliest of such would be the first choice, whatever it says.

@@ -1,6 +1,7 @@
 """A finished or unfinished run, or a pretrained model, as a model that can be used."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +78,10 @@ def read_checkpoint(run: Path, step: int | None) -> tuple[int, dict[str, Any], A
         damage = cache.damage(place, place / cache.MANIFEST)
         if damage is None:
             try:
-                return number, *_restore(place)
+                found = _restore(place)
+                if step is None and number < steps[-1]:
+                    print(f"warning: {run}: {reason}; taking step {number}", file=sys.stderr)
+                return number, *found
             except Exception as error:  # whatever Orbax, TensorStore or JSON find wrong
                 damage = one_line(error)[:200]
         reason = f"its checkpoint of step {number} can't be used: {damage}"

@@ -334,9 +334,12 @@ def load(
     empty = sum(shard.empty for shard in good)
     if empty:
         say(f"{empty:,} lines without a text or a completion to learn are left out")
+    without = [shard.name for shard in good if not shard.documents]
     good = [shard for shard in good if shard.documents]
     if not good:
         raise UsageError(f"{key}: no documents are left; give other files")
+    for name in without:
+        say(f"{name} has no documents")
     if len({shard.examples for shard in good}) > 1:
         odd = next(shard for shard in good if shard.examples != good[0].examples)
         raise UsageError(

@@ -5,6 +5,7 @@ without any normalisation, and a piece for every byte, so that text comes back a
 exception: U+2581, SentencePiece's sign for a space, comes back as a space).
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -258,6 +259,13 @@ def _end_beside(file: Path) -> str | None:
             if names:
                 return names[0].get("content")
     return None
+
+
+def is_of_bytes(folder: Path) -> bool:
+    """Whether weights in a folder say that bytes are their tokens, which take no file."""
+    with contextlib.suppress(OSError, ValueError):
+        return _json(folder / "tokenizer_config.json").get("tokenizer") == BYTES
+    return False
 
 
 def _json(file: Path) -> dict[str, Any]:

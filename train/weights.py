@@ -16,7 +16,15 @@ from models import pretrained
 from models.config import LlamaConfig
 from train.config import Config
 from train.errors import UsageError
-from train.tokenizer import HuggingFace, Pieces, Tokenizer, open_tokenizer
+from train.tokenizer import (
+    BYTES,
+    Bytes,
+    HuggingFace,
+    Pieces,
+    Tokenizer,
+    is_of_bytes,
+    open_tokenizer,
+)
 
 # What must be as in the weights; all else may be chosen.
 _SHAPES = (
@@ -102,7 +110,9 @@ def tokenizer(path: str | None) -> Tokenizer | None:
     place = Path(path)
     if place.is_dir():
         files = [place / name for name in TOKENIZERS if (place / name).is_file()]
-        return open_tokenizer(str(files[0])) if files else None
+        if files:
+            return open_tokenizer(str(files[0]))
+        return open_tokenizer(BYTES) if is_of_bytes(place) else None
     # Here and not above: gguf is an extra.
     from models.gguf import read_tokenizer
 
@@ -138,6 +148,8 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         kept = TOKENIZERS[1]
         about["add_bos_token"] = bool(tokenizer.start)
         (folder / kept).write_bytes(tokenizer._processor.serialized_model_proto())
+    elif isinstance(tokenizer, Bytes):  # which has no file
+        about["tokenizer"] = BYTES
     for name in TOKENIZERS:
         if name != kept:
             (folder / name).unlink(missing_ok=True)
