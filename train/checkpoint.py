@@ -72,7 +72,8 @@ class Checkpoints:
     def is_among_best(self, score: float) -> bool:
         """Whether a checkpoint of this validation loss would be kept for it.
 
-        As the first process finds the folder: others may see it late, and all save or none does.
+        As the first process finds the folder, here and in `save`: others may see it late, and all
+        save or none does.
         """
 
         def among_best() -> bool:
@@ -97,7 +98,7 @@ class Checkpoints:
             still are.
         """
         self.wait()
-        if (self._folder / str(step)).exists():
+        if processes.from_first((self._folder / str(step)).exists):
             return
         temporary = self._folder / f"{_SAVING}{step}"
         try:
