@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from optax_subspace._projection import IN_TURN
 
 _Leaves = frozenset[int]  # indices of the gradients that a value depends on
 _NONE: _Leaves = frozenset()
+_JAX = os.path.dirname(jax.__file__)
 # Transformations that only call others.
 _WRAPPERS = ("chain", "named_chain", "masked", "partition", "with_extra_args_support")
 
@@ -158,6 +160,8 @@ def _name(eqn: JaxprEqn) -> str:
         if found and found[1] not in _WRAPPERS:
             return found[1]
         if found:  # what it calls is a transformation's, under a name of its own
-            return called.partition(".<locals>")[0].replace("<lambda>", "")
-        called = frame.function_name
+            return called.replace("<lambda>", "")
+        name = frame.function_name.partition(".<locals>")[0]
+        if name not in _WRAPPERS and not frame.file_name.startswith(_JAX):
+            called = name
     return ""

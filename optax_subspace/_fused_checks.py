@@ -64,7 +64,8 @@ def warn_if_rounded_to_nearest(params: Any, seed: int | None) -> None:
     if seed is None and any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         warnings.warn(
             "fused_backward rounds weights in int8 to the nearest code, which loses all updates "
-            "below half the distance of two: give seed= to round them stochastically",
+            "below half the distance of two: give seed= to round them stochastically (where they "
+            "are frozen it changes nothing)",
             UserWarning,
             stacklevel=3,
         )

@@ -154,11 +154,11 @@ class AtSource:
         except (ValueError, IndexError) as error:
             if any(word in str(error) for word in ("vmap", "sharding_constraint", "tuple index")):
                 error.add_note(
-                    f"({self._paths()} are projected at the source: in the loss each is a tree "
-                    "of arrays that have the kernel's batch axes in front and little else in "
-                    "common. vmap and scan go along those axes alone; shardings are for the "
+                    f"If it is about {self._paths()}, projected at the source: in the loss such a "
+                    "kernel is a tree of arrays that have its batch axes in front and little else "
+                    "in common. vmap and scan go along those axes alone; shardings are for the "
                     "parameters given, not for a kernel in the loss, and flax.linen.unbox takes "
-                    "its boxes off before.)"
+                    "its boxes off before."
                 )
             raise
 
@@ -175,9 +175,9 @@ class AtSource:
 
         program = jax.make_jaxpr(run)(self._kernels, self.rest)
         held: list[Held | None] = [
-            Held(name, path[0] == jax.tree_util.GetAttrKey("weight"))
+            Held(name, path[0] == jax.tree_util.GetAttrKey("weight"), x.ndim - kernel.due.ndim)
             for name, kernel in sorted(self._kernels.items())
-            for path, _ in jax.tree_util.tree_leaves_with_path(kernel)
+            for path, x in jax.tree_util.tree_leaves_with_path(kernel)
         ]
         held += [None] * len(jax.tree.leaves(self.rest))
         misused = first_misuse(program.jaxpr, held)

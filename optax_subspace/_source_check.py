@@ -17,10 +17,12 @@ class Held(NamedTuple):
     Attributes:
       path: the parameter's.
       weight: whether it is of the weight, which may be cast.
+      inner: how many of its last axes are those of one slice, which stay as they are.
     """
 
     path: str
     weight: bool
+    inner: int
 
 
 class Misuse(NamedTuple):
@@ -31,7 +33,7 @@ class Misuse(NamedTuple):
     primitive: str
 
 
-# Primitives that put numbers elsewhere and leave them as they are, and `stop_gradient`, after which
+# Primitives that put slices elsewhere and leave them as they are, and `stop_gradient`, after which
 # a gradient of zero is right.
 _MOVES = (
     *("broadcast_in_dim", "concatenate", "copy", "copy_p", "device_put", "dynamic_slice"),
@@ -69,7 +71,7 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Misuse | None, list[Held
         if out is None:
             if name == "optimization_barrier":
                 out = given
-            elif name in _MOVES:
+            elif name in _MOVES and _moves_slices(eqn, given):
                 out = [some] * len(eqn.outvars)
             elif name == "convert_element_type" and some.weight:
                 out = [some]
@@ -80,6 +82,35 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Misuse | None, list[Held
         assert out is not None
         now.update({v: h for v, h in zip(eqn.outvars, out, strict=True) if h is not None})
     return None, [of(v) for v in jaxpr.outvars]
+
+
+def _moves_slices(eqn: Any, given: list[Held | None]) -> bool:
+    """Whether an equation leaves the last axes of what it moves, those of a slice, in place."""
+    params, name = eqn.params, eqn.primitive.name
+    for var, held in zip(eqn.invars, given, strict=True):
+        # (A weight is made a matrix where it is used. Of bases nobody has reason to.)
+        if held is None or not held.inner or (held.weight and name in ("transpose", "reshape")):
+            continue
+        shape, inner = var.aval.shape, held.inner
+        first = len(shape) - inner  # of the axes that stay
+        if any(out.aval.shape[-inner:] != shape[-inner:] for out in eqn.outvars):
+            return False
+        # (With sizes alone the others tell: of slices, and of reshaped arrays.)
+        rank = len(eqn.outvars[0].aval.shape)
+        stay = tuple(range(rank - inner, rank))
+        touched = [params[k] for k in ("axis", "dimension") if isinstance(params.get(k), int)]
+        touched += params["dimensions"] if name in ("rev", "squeeze") else ()
+        if any(axis >= first + (name == "stack") for axis in touched):
+            return False
+        for key in ("permutation", "broadcast_dimensions"):
+            if key in params and tuple(params[key])[-inner:] != stay:
+                return False
+        if name == "gather":
+            how = params["dimension_numbers"]
+            taken = *how.collapsed_slice_dims, *how.operand_batching_dims, *how.start_index_map
+            if any(axis >= first for axis in taken) or how.offset_dims[-inner:] != stay:
+                return False
+    return True
 
 
 def _within(eqn: Any, given: list[Any]) -> tuple[Misuse | None, list[Any] | None]:

@@ -28,14 +28,15 @@ def not_varying(x: Any, tree: Any) -> tuple[str, ...]:
 
 def refuse_unchecked_axes() -> None:
     """Raises ValueError within a ``shard_map`` or ``pmap`` that does not track what varies."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    unchecked = [name for name in manual if not varying_axes(jax.lax.axis_index(name))]
+    mesh = jax.sharding.get_abstract_mesh()
+    several = [name for name in mesh.manual_axes if mesh.shape[name] > 1]
+    unchecked = [name for name in several if not varying_axes(jax.lax.axis_index(name))]
     if unchecked:
         raise ValueError(
-            f"a gradient at the source within a shard_map over {unchecked[0]!r} with "
-            "check_vma=False (a pmap is one), where nothing tells which kernels the devices share: "
-            "each would find bases of its own for them. Leave check_vma at True, or give jax.jit "
-            "arrays that are split over the devices"
+            f"a gradient at the source over {unchecked[0]!r}, within a pmap or a shard_map with "
+            "check_vma=False, where nothing tells which kernels the devices share: each would find "
+            "bases of its own for such. Leave check_vma at True, or give jax.jit arrays that are "
+            "split over the devices; models of their own can be run by jax.vmap"
         )
 
 

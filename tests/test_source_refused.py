@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -160,14 +161,14 @@ def test_errors_that_a_kernel_is_the_cause_of_say_so():
     for fun in (columns, rows, constrained):
         with pytest.raises((ValueError, IndexError)) as error:
             run(fun)
-        assert any("(a are projected at the source" in note for note in error.value.__notes__)
+        assert any("about a, projected at the source" in note for note in error.value.__notes__)
     with pytest.raises(ValueError, match="my own") as error:
 
         def failing(p, x):
             raise ValueError("my own")
 
         run(failing)
-    assert not any("projected" in note for note in getattr(error.value, "__notes__", ()))
+    assert not any("about a" in note for note in getattr(error.value, "__notes__", ()))
 
 
 def test_layers_that_are_moved_are_not_refused():
@@ -184,20 +185,38 @@ def test_layers_that_are_moved_are_not_refused():
         assert_close(ours, tx.update(jax.grad(loss)(params, x), state, params)[0])
 
 
+def test_slices_whose_rows_or_columns_are_moved_are_refused():
+    """The bases, of another shape, were moved along with them."""
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, rules=[("e", MatrixSpec(-2, -1))])
+    params, x = kernels(e=(3, 8, 8)), jnp.ones((4, 8))
+    step, order = lambda x, w: (jnp.tanh(x @ w), None), np.arange(8)[::-1]
+    for moved in (
+        lambda w: w[..., ::-1],
+        lambda w: w[:, ::-1] if w.ndim > 2 else w,
+        lambda w: w[..., order] if w.ndim > 2 else w,
+        lambda w: jnp.swapaxes(w, -1, -2) if w.ndim > 2 else w,
+        lambda w: jnp.concatenate([w[:, :3], w[:, 3:]], axis=1) if w.ndim > 2 else w,
+    ):
+        loss = lambda p, x, moved=moved: jnp.mean(
+            jnp.sin(jax.lax.scan(step, x, jax.tree.map(moved, p["e"]))[0])
+        )
+        with pytest.raises((TypeError, ValueError)):
+            jax.eval_shape(osub.subspace_value_and_grad(loss, tx), params, tx.init(params), x)
+
+
 def test_gradients_within_an_unchecked_shard_map_are_refused():
     """Averaged over devices each of which found a basis of its own they would mean nothing."""
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx, params = osub.galore(0.1, 3), kernels(a=(8, 12))
     grad = osub.subspace_value_and_grad(lambda p, x: jnp.mean(jnp.sin(x @ p["a"])), tx)
     local = lambda p, s, x: jax.lax.pmean(grad(p, s, x)[1], "data")
     specs = {"in_specs": (jax.P(), jax.P(), jax.P("data")), "out_specs": jax.P()}
     arguments = params, tx.init(params), jnp.ones((4, 8))
     unchecked = jax.shard_map(local, mesh=mesh, check_vma=False, **specs)
-    with pytest.raises(ValueError, match="within a shard_map over 'data' with check_vma=False"):
+    with pytest.raises(ValueError, match="over 'data', within a pmap or a shard_map with"):
         jax.eval_shape(unchecked, *arguments)
-    with pytest.raises(ValueError, match=r"\(a pmap is one\)"):
-        stacked = jax.tree.map(lambda a: a[None], arguments)
-        jax.eval_shape(jax.pmap(local, axis_name="data"), *stacked)
+    alone = jax.tree.map(lambda a: a[None], arguments)
+    jax.eval_shape(jax.pmap(local, axis_name="data"), *alone)  # one device shares nothing
 
 
 def test_explicit_axes_are_refused():

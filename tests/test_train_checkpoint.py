@@ -122,6 +122,10 @@ def test_all_processes_save_what_the_first_would(tmp_path, said, monkeypatch):
     checkpoints = make(tmp_path, said, keep=1, keep_best=1)
     monkeypatch.setattr(processes, "from_first", lambda function: not function())
     assert not checkpoints.is_among_best(1.0)
+    monkeypatch.setattr(processes, "from_first", lambda function: True)
+    checkpoints.save(5, make_state(5), Position(5))  # which the first has already
+    checkpoints.wait()
+    assert checkpoints.steps() == []
 
 
 def state_in_blocks(shards):

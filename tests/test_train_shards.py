@@ -187,7 +187,7 @@ def test_empty_shards_lines_and_texts_hold_no_document(folder):
     assert texts(shards.Shards(found)) == [*TEXTS, "d", "e", "f"]
     assert said == [
         "1 lines without a text or a completion to learn are left out",
-        f"{folder / 'c.jsonl'} has no documents",
+        f"no documents in {folder / 'c.jsonl'}",
     ]
 
 

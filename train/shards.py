@@ -338,8 +338,9 @@ def load(
     good = [shard for shard in good if shard.documents]
     if not good:
         raise UsageError(f"{key}: no documents are left; give other files")
-    for name in without:
-        say(f"{name} has no documents")
+    if without:
+        more = f" and {len(without) - 3:,} more" if len(without) > 3 else ""
+        say(f"no documents in {', '.join(without[:3])}{more}")
     if len({shard.examples for shard in good}) > 1:
         odd = next(shard for shard in good if shard.examples != good[0].examples)
         raise UsageError(
