@@ -127,9 +127,15 @@ def _within(eqn: Any, given: list[Any]) -> tuple[Misuse | None, list[Any] | None
         found, carry = _settled(open_up(params["body_jaxpr"]), given[at:n], given[n:], [])
         return found or _walk(open_up(params["cond_jaxpr"]), given[:at] + carry)[0], carry
     if name == "scan":
-        first = params["num_consts"]
-        last = first + params["num_carry"]
-        return _settled(open_up(params["jaxpr"]), given[:first], given[first:last], given[last:])
+        body: Any = open_up(params["jaxpr"])
+        # (Versions of JAX tell in different ways what is carried. What is not has an axis less in
+        # the body.)
+        whole = lambda here, there: sum(
+            len(a.aval.shape) == len(b.aval.shape) for a, b in zip(here, there, strict=True)
+        )
+        last = whole(eqn.invars, body.invars)
+        first = last - whole(eqn.outvars, body.outvars)
+        return _settled(body, given[:first], given[first:last], given[last:])
     for key in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr"):
         program: Any = open_up(params.get(key))
         if hasattr(program, "eqns") and len(program.invars) == len(given):
