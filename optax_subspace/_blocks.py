@@ -112,6 +112,11 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x, Quantized)
 
 
+def has_quantized(tree: Any) -> bool:
+    """Whether a node of ``tree`` is a :class:`Quantized`."""
+    return any(map(is_quantized, jax.tree.leaves(tree, is_leaf=is_quantized)))
+
+
 def is_variable(x: Any) -> bool:
     """Whether ``x`` is a variable of NNX, told by what it can do, for ``is_leaf``."""
     return hasattr(x, "get_value") and hasattr(x, "get_metadata")

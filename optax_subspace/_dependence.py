@@ -16,7 +16,7 @@ from optax_subspace._projection import IN_TURN
 
 _Leaves = frozenset[int]  # indices of the gradients that a value depends on
 _NONE: _Leaves = frozenset()
-_JAX = os.path.dirname(jax.__file__)
+_JAX = os.path.join(os.path.dirname(jax.__file__), "")
 # Transformations that only call others.
 _WRAPPERS = ("chain", "named_chain", "masked", "partition", "with_extra_args_support")
 

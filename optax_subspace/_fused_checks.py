@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_subspace._blocks import is_quantized
+from optax_subspace._blocks import has_quantized
 from optax_subspace._fused_state import LossScale
 from optax_subspace._leaves import can_learn, leaf_names
 from optax_subspace._projectors._base import check_count, check_number, is_number
@@ -61,7 +61,7 @@ def check_loss(value: Any) -> None:
 
 def warn_if_rounded_to_nearest(params: Any, seed: int | None) -> None:
     """Warns of int8 weights without a seed, most of which would stay where they are."""
-    if seed is None and any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+    if seed is None and has_quantized(params):
         warnings.warn(
             "fused_backward rounds weights in int8 to the nearest code, which loses all updates "
             "below half the distance of two: give seed= to round them stochastically (where they "

@@ -12,7 +12,7 @@ import jax
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_subspace._blocks import Quantized, is_quantized, parts_of
+from optax_subspace._blocks import Quantized, has_quantized, is_quantized, parts_of
 from optax_subspace._describe import planned
 from optax_subspace._inner_state import map_leaves
 from optax_subspace._leaves import LeafPlan, leaf_names
@@ -77,7 +77,7 @@ def state_shardings(tx: optax.GradientTransformation, params: optax.Params) -> A
       (P(None, 'model'), P())
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
-    if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+    if has_quantized(params):
         raise ValueError(
             "some parameters are QuantizedWeight nodes, the state belongs to their arrays: give "
             "the tree as it was before quantize_weights, or shapes of it with its shardings"

@@ -238,11 +238,13 @@ def test_adaptive_period_skips_refreshes_of_a_still_subspace_only():
             call()
 
 
+@pytest.mark.parametrize("rule", [osub.random_projection, osub.svd, osub.subspace_iteration])
 @pytest.mark.parametrize("form", ["pure", "chain"])
-def test_accumulation_equals_one_big_batch(form):
-    """Three steps of four micro-batches; the bases don't depend on which of them is first."""
+def test_accumulation_equals_one_big_batch(form, rule):
+    """Four steps of four micro-batches, which part where no basis depends on the first of them."""
     params = leaves("tall", "stack", "bias")
-    rule = osub.random_projection(every=2)
+    apart = [0.1, 0.1, 0.1, 0.1] if rule is osub.random_projection else [0, 0.1, 0, 0.1]
+    rule = rule(every=2)
 
     def make(accumulate):
         settings = {"rank": 4, "projector": rule, "rules": STACK, "accumulate": accumulate}
@@ -260,8 +262,8 @@ def test_accumulation_equals_one_big_batch(form):
         "bias": (12,),
     }
     update = jax.jit(many.update)
-    for step in range(3):
-        parts = [trees.grads(params, step + 0.1 * i) for i in range(4)]
+    for step, spread in enumerate(apart):
+        parts = [trees.grads(params, step + spread * i) for i in range(4)]
         for part in parts:
             got, state = update(part, state)
             if part is not parts[-1]:
