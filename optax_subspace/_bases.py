@@ -207,8 +207,9 @@ class Subspace:
             if is_projected(leaf):
                 found = found_at_source(source, plan)
                 assert old is not None  # check_state has seen to it
-                # Several uses, or no basis yet where none could be found, tell nothing.
-                lost = jnp.any(found.uses > 1)
+                # Several uses, or no basis yet where none could be found, tell nothing; nor does
+                # what a derivative rule of the loss has scaled, as it has all that was found.
+                lost = jnp.any((found.uses != 0) & (found.uses != 1))
                 if not found.bases:
                     lost |= jnp.all(old.refreshes == 0) & jnp.any(found.uses > 0)
                 low = jnp.where(lost, jnp.nan, leaf.low)

@@ -26,6 +26,9 @@ from optax_subspace._source_check import (
     along_no_other_axes,
     along_outer_axes,
     first_misuse,
+    goes_through,
+    refusal,
+    scaled_by_a_rule,
 )
 from optax_subspace._source_kernel import MARK_DTYPE, SourceKernel, mark
 from optax_subspace._source_product import Probe, differentiated_twice
@@ -53,12 +56,12 @@ def subspace_value_and_grad(
     another two. With the basis on the input side :math:`x P` is all that is kept of ``x``.
 
     ``fun`` is called on parameters in which a stand-in takes the place of each projected kernel; it
-    knows ``x @ kernel``, ``kernel.astype`` and :func:`source_dot_general`, also within ``scan``,
-    ``vmap`` and ``jax.checkpoint``, and refuses what would lose its gradient: other uses, functions
-    that go through all of the parameters, derivatives within the loss that depend on the kernel. To
-    see that, it is traced a second time, without being differentiated. A
-    kernel that is used several times, as by a loop over parts of the batch, would find a basis for
-    each: it is skipped at every step, and counted.
+    knows ``x @ kernel``, ``kernel.astype``, :func:`source_dot_general` and indices along its batch
+    axes, also within ``scan``, ``vmap`` and ``jax.checkpoint``, and refuses what would lose its
+    gradient: other uses, functions that go through all of the parameters, derivatives within the
+    loss that depend on the kernel, derivative rules around it. To see that, it is traced a second
+    time, without being differentiated. A kernel that is used several times, as by a loop over parts
+    of the batch, would find a basis for each: it is skipped at every step, and counted.
 
     Args:
       fun: ``(params, *args) -> loss``, or ``(loss, aux)`` with ``has_aux``.
@@ -173,7 +176,8 @@ class AtSource:
             found = fun(self._tree(lambda name: kernels[name] if name in kernels else rest[name]))
             return [x for x in jax.tree.leaves(found) if isinstance(x, jax.Array)]
 
-        program = jax.make_jaxpr(run)(self._kernels, self.rest)
+        named = {n: dataclasses.replace(k, checked=True) for n, k in self._kernels.items()}
+        program = jax.make_jaxpr(run)(named, self.rest)
         held: list[Held | None] = [
             Held(name, path[0] == jax.tree_util.GetAttrKey("weight"), x.ndim - kernel.due.ndim)
             for name, kernel in sorted(self._kernels.items())
@@ -182,26 +186,10 @@ class AtSource:
         held += [None] * len(jax.tree.leaves(self.rest))
         misused = first_misuse(program.jaxpr, held)
         if misused is not None:
-            path = misused.held.path
-            if misused.primitive == "select_n":
-                raise TypeError(
-                    f"the loss chooses between arrays of {path}, as a jax.lax.cond does "
-                    "under vmap whose predicate is one of each example, and it is projected at the "
-                    "source, where its gradient is that of x @ kernel alone: choose between the "
-                    "results, jnp.where(predicate, x @ kernel, other), or project afterwards"
-                )
-            raise self._goes_through(path)
+            raise refusal(misused)
 
     def _paths(self) -> str:
         return ", ".join([*self._kernels][:5]) + ", ..." * (len(self._kernels) > 5)
-
-    def _goes_through(self, names: str) -> TypeError:
-        return TypeError(
-            "the loss goes through the leaves of all parameters, as a norm of them does or a "
-            f"cast, and {names} are projected at the source, where their gradient is that of "
-            "x @ kernel alone: leave them out of it (weight_decay= of the optimizer is what an "
-            "L2 norm is for, kernel.astype casts one kernel), or project afterwards"
-        )
 
     def _explain(self, error: Exception) -> None:
         """Raises what an error of JAX means where it met a stand-in."""
@@ -209,8 +197,11 @@ class AtSource:
         # (Forward mode through a custom derivative, one within a derivative rule too.)
         if "custom_lin" in said or "custom_vjp_call" in said:
             raise differentiated_twice(names) from error
-        if MARK_DTYPE in said or "abstract method" in said:
-            raise self._goes_through(names) from error
+        if "float0" in said:
+            raise scaled_by_a_rule(names) from error
+        # (The second is of attributes that random keys do not have.)
+        if MARK_DTYPE in said or "Cannot call abstract method" in said:
+            raise goes_through(names) from error
         if SourceKernel.__name__ in said:
             raise TypeError(
                 f"the loss uses one of {names} in another way than x @ kernel or "

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from optax_subspace._source_product import AT_SOURCE
+from optax_subspace._source_kernel import AT_SOURCE
 
 
 class Held(NamedTuple):
@@ -18,29 +18,76 @@ class Held(NamedTuple):
       path: the parameter's.
       weight: whether it is of the weight, which may be cast.
       inner: how many of its last axes are those of one slice, which stay as they are.
+      moved: the primitives that have moved its slices.
     """
 
     path: str
     weight: bool
     inner: int
+    moved: tuple[str, ...] = ()
 
 
 class Misuse(NamedTuple):
     """A kernel whose arrays are computed with, and the name of the primitive that does; none where
-    they are the result."""
+    they are the result, and ``AT_SOURCE`` where they come to the product moved apart."""
 
     held: Held
     primitive: str
 
 
-# Primitives that put slices elsewhere and leave them as they are, and `stop_gradient`, after which
-# a gradient of zero is right.
-_MOVES = (
-    *("broadcast_in_dim", "concatenate", "copy", "copy_p", "device_put", "dynamic_slice"),
-    *("expand_dims", "gather", "mesh_cast", "name", "pcast", "pvary", "reshape", "reshard", "rev"),
-    *("sharding_constraint", "slice", "split", "squeeze", "stack", "stop_gradient", "transpose"),
-    "unstack",
+def goes_through(names: str, how: str = "") -> TypeError:
+    """Of a loss that computes with what stands in for kernels, ``how``."""
+    return TypeError(
+        f"the loss goes through the leaves of all parameters{how}, as a norm of them does or a "
+        f"cast, and {names} are projected at the source, where their gradient is that of "
+        "x @ kernel alone: leave them out of it (weight_decay= of the optimizer is what an "
+        "L2 norm is for, kernel.astype casts one kernel), or project afterwards"
+    )
+
+
+def scaled_by_a_rule(names: str) -> TypeError:
+    """Of a loss with a derivative rule for kernels, as that of a gradient scaled or turned."""
+    return TypeError(
+        f"the loss puts a derivative rule (jax.custom_vjp or custom_jvp) around {names}, projected "
+        "at the source, where it would be applied to what is found for the basis as "
+        "well: scale gradients by the optimizer (optax.scale, or multi_transform for some of them),"
+        " or project afterwards"
+    )
+
+
+def refusal(misuse: Misuse) -> TypeError:
+    """What to do instead."""
+    path, primitive = misuse.held.path, misuse.primitive
+    if primitive in _OWN_RULES:
+        return scaled_by_a_rule(path)
+    if primitive == "select_n":
+        return TypeError(
+            f"the loss chooses between arrays of {path}, as a jax.lax.cond does "
+            "under vmap whose predicate is one of each example, and it is projected at the "
+            "source, where its gradient is that of x @ kernel alone: choose between the "
+            "results, jnp.where(predicate, x @ kernel, other), or project afterwards"
+        )
+    if primitive == AT_SOURCE:
+        return TypeError(
+            f"the loss moves, freezes or replaces some of the arrays that {path} consists of at "
+            "the source and not the others, as a filter of leaves by shape, size or dtype does: "
+            "do the same to all, jax.tree.map(lambda w: w[i], kernel), or project afterwards"
+        )
+    return goes_through(path, f" (by {primitive})" if primitive else "")
+
+
+# Primitives that leave slices as they are and where they are; that put them elsewhere; and
+# `stop_gradient`, after which a gradient of zero is right.
+_STAYS = (
+    *("copy", "copy_p", "device_put", "mesh_cast", "name", "pcast", "pvary", "reshard"),
+    "sharding_constraint",
 )
+_STOPS = "stop_gradient"
+_MOVES = (
+    *("broadcast_in_dim", "concatenate", "dynamic_slice", "expand_dims", "gather", "reshape"),
+    *("rev", "slice", "split", "squeeze", "stack", "transpose", "unstack", _STOPS),
+)
+_OWN_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 def first_misuse(jaxpr: Any, held: list[Held | None]) -> Misuse | None:
@@ -65,18 +112,25 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Misuse | None, list[Held
         if some is None:
             continue
         name = eqn.primitive.name
-        if name == "name" and eqn.params["name"] == AT_SOURCE:
+        if eqn.params.get("name") == AT_SOURCE:
+            if _moved_apart(eqn, given):
+                return Misuse(some, AT_SOURCE), []
             continue
         found, out = _within(eqn, given)
         if out is None:
             if name == "optimization_barrier":
                 out = given
-            elif name in _MOVES and _moves_slices(eqn, given):
+            elif name in _STAYS:
                 out = [some] * len(eqn.outvars)
-            elif name == "convert_element_type" and some.weight:
+            elif name in _MOVES and _moves_slices(eqn, given):
+                out = [some._replace(moved=(*some.moved, name))] * len(eqn.outvars)
+            elif name == "convert_element_type" and some.weight and _is_float(eqn.outvars[0]):
                 out = [some]
             else:
                 found = Misuse(some, name)
+        elif name in _OWN_RULES and any(out):
+            # (The rule would be applied to what is found for the basis, too.)
+            found = Misuse(some, name)
         if found is not None:
             return found, []
         assert out is not None
@@ -84,12 +138,28 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Misuse | None, list[Held
     return None, [of(v) for v in jaxpr.outvars]
 
 
+def _moved_apart(eqn: Any, given: list[Held | None]) -> bool:
+    """Whether arrays that come to a product together were not all moved alike."""
+    # (The activations aside; keys and arrays without entries are left out of what others undergo.)
+    arrays = [
+        (held, var)
+        for held, var in zip(given[1:], eqn.invars[1:], strict=True)
+        if var.aval.size and not jnp.issubdtype(var.aval.dtype, jax.dtypes.prng_key)
+    ]
+    moved = lambda held: held and tuple(name for name in held.moved if name != _STOPS)
+    stopped = {held and _STOPS in held.moved for held, var in arrays if _is_float(var)}
+    return len({moved(held) for held, _ in arrays}) > 1 or len(stopped) > 1
+
+
+def _is_float(var: Any) -> bool:
+    return jnp.issubdtype(var.aval.dtype, jnp.floating)
+
+
 def _moves_slices(eqn: Any, given: list[Held | None]) -> bool:
     """Whether an equation leaves the last axes of what it moves, those of a slice, in place."""
     params, name = eqn.params, eqn.primitive.name
     for var, held in zip(eqn.invars, given, strict=True):
-        # (A weight is made a matrix where it is used. Of bases nobody has reason to.)
-        if held is None or not held.inner or (held.weight and name in ("transpose", "reshape")):
+        if held is None or not held.inner:
             continue
         shape, inner = var.aval.shape, held.inner
         first = len(shape) - inner  # of the axes that stay
@@ -107,7 +177,12 @@ def _moves_slices(eqn: Any, given: list[Held | None]) -> bool:
                 return False
         if name == "gather":
             how = params["dimension_numbers"]
-            taken = *how.collapsed_slice_dims, *how.operand_batching_dims, *how.start_index_map
+            # (An index under vmap has a start along each axis, which is 0 along whole ones.)
+            clipped = params["mode"] == jax.lax.GatherScatterMode.CLIP
+            taken = [*how.collapsed_slice_dims, *how.operand_batching_dims]
+            for axis in how.start_index_map:
+                if not clipped or params["slice_sizes"][axis] != shape[axis]:
+                    taken.append(axis)
             if any(axis >= first for axis in taken) or how.offset_dims[-inner:] != stay:
                 return False
     return True

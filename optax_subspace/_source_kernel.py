@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import define_prng_impl
 
 from optax_subspace._sharding import refuse_explicit_axes
 from optax_subspace._source_product import Probe, Settings, product
 from optax_subspace._source_refresh import How
 
+# What a product with a kernel is called in the program of a loss that is checked.
+AT_SOURCE = "optax_subspace_at_source"
+
+
+def _no_numbers(*arguments: Any) -> Any:
+    del arguments
+    raise TypeError(f"{MARK_DTYPE} is no random key")
+
+
+_MARKS = define_prng_impl(
+    key_shape=(1,),
+    seed=_no_numbers,
+    split=_no_numbers,
+    random_bits=_no_numbers,
+    fold_in=_no_numbers,
+    name=AT_SOURCE,
+    tag="at_source",
+)
 # What errors of JAX call the dtype of a mark.
-MARK_DTYPE = "key<fry>"
+MARK_DTYPE = "key<at_source>"
 
 
 def mark(shape: tuple[int, ...]) -> jax.Array:
@@ -23,7 +43,7 @@ def mark(shape: tuple[int, ...]) -> jax.Array:
     (A stand-in has to be a tree of arrays, for ``scan`` and ``vmap``. A norm of all leaves would
     take its bases into the loss, and lose its gradient.)
     """
-    return jax.random.wrap_key_data(jnp.zeros((*shape, 2), jnp.uint32), impl="threefry2x32")
+    return jax.random.wrap_key_data(jnp.zeros((*shape, 1), jnp.uint32), impl=_MARKS)
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +51,8 @@ def mark(shape: tuple[int, ...]) -> jax.Array:
 class SourceKernel:
     """A kernel that stands in for the array in a tree of parameters while it is differentiated.
 
-    It knows ``x @ kernel``, ``kernel.astype``, and :func:`source_dot_general`; anything else, which
-    would lose its gradient, raises.
+    It knows ``x @ kernel``, ``kernel.astype``, :func:`source_dot_general`, and indices along its
+    batch axes; anything else, which would lose its gradient, raises.
 
     Attributes:
       weight: the kernel itself, ``(*batch, ...)``.
@@ -42,6 +62,7 @@ class SourceKernel:
       probe: see :class:`Probe`.
       mark: see :func:`mark`.
       how: see :class:`How`.
+      checked: whether products are named ``AT_SOURCE``, for :func:`first_misuse`.
     """
 
     # NumPy arrays leave x @ kernel to it.
@@ -54,6 +75,7 @@ class SourceKernel:
     probe: Probe
     mark: jax.Array
     how: How = dataclasses.field(metadata={"static": True})
+    checked: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,6 +95,8 @@ class SourceKernel:
 
     def astype(self, dtype: Any) -> SourceKernel:
         """The kernel in another dtype, for the product."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise self._unknown(f"a cast to {jnp.dtype(dtype)}")
         return dataclasses.replace(self, weight=self.weight.astype(dtype))
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
@@ -83,10 +107,17 @@ class SourceKernel:
         return source_dot_general(x, self, (((x.ndim - 1,), (0,)), ((), ())))
 
     def __getitem__(self, index: Any) -> SourceKernel:
-        """``kernel[...]``, as NNX reads its variables; any other part has no gradient here."""
-        if index is not Ellipsis:
-            raise self._unknown(f"its part kernel[{index!r}]")
-        return self
+        """Of a stack ``kernel[i]`` and the like, along batch axes in front; and ``kernel[...]``, as
+        NNX reads its variables. Other parts have no gradient here."""
+        if index is Ellipsis:
+            return self
+        given = index if isinstance(index, tuple) else (index,)
+        is_place = lambda i: isinstance(i, slice) or jnp.issubdtype(jnp.result_type(i), jnp.integer)
+        if given[-1:] == (Ellipsis,):
+            given = given[:-1]
+        if len(given) > self.due.ndim or not all(map(is_place, given)):
+            raise self._unknown(f"its part kernel[{index!r}], which is not along batch axes")
+        return jax.tree.map(lambda x: x[given], self)
 
     def _unknown(self, what: str) -> TypeError:
         return TypeError(
@@ -158,6 +189,25 @@ def source_dot_general(
         raise rhs._unknown(
             f"an array of shape {lhs.shape} contracted over its axes {left} with the axes {right}"
         )
+    multiply = functools.partial(
+        _multiply, left=left, right=right, precision=precision, preferred=preferred_element_type
+    )
+    if rhs.checked:
+        multiply.__name__ = AT_SOURCE  # type: ignore[attr-defined]  # which partial objects take
+        return jax.jit(multiply)(lhs, rhs)
+    return multiply(lhs, rhs)
+
+
+def _multiply(
+    lhs: jax.Array,
+    rhs: SourceKernel,
+    left: tuple[int, ...],
+    right: tuple[int, ...],
+    precision: Any,
+    preferred: Any,
+) -> jax.Array:
+    """The product over axes ``left`` and ``right``, those of the kernel in any order."""
+    how = rhs.how
     # (..., m), with the contracted axes in the order of the kernel's reduction axes. The others
     # stay apart: made one, those that are split over devices would be gathered, but the first.
     free = [a for a in range(lhs.ndim) if a not in left]
@@ -171,7 +221,7 @@ def source_dot_general(
         # That of the context, which has ended when the backward pass is traced. (Type checkers know
         # no options of the configuration.)
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    settings = Settings(how, precision, preferred_element_type)
+    settings = Settings(how, precision, preferred)
     out = product(settings, x, matrix, (rhs.bases, rhs.rules, rhs.due), rhs.probe)
     out = out.reshape(*tokens, *sizes)
     # dot_general has the kernel's free axes in ascending order.

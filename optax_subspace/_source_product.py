@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from optax_subspace._blocks import dequantize
 from optax_subspace._projection import largest
@@ -16,9 +15,6 @@ from optax_subspace._projectors._base import NO_GRADIENT, directions, squared_no
 from optax_subspace._source_gradient import Gradient, Over, contract, narrow
 from optax_subspace._source_refresh import How, as_floats, over_kernels, refreshed, renewed_in
 from optax_subspace._varying import not_varying, varying_as
-
-# What a kernel is called in the program of a loss where it is used as it may be.
-AT_SOURCE = "optax_subspace/at_source"
 
 
 class Probe(NamedTuple):
@@ -61,8 +57,7 @@ class Settings(NamedTuple):
 def product(settings: Settings, x: Any, weight: Any, aux: Any, probe: Probe) -> jax.Array:
     """``x (*tokens, m) @ weight (m, n)``."""
     del aux, probe
-    # (Not in `_forward`, where what policies of rematerialisation keep goes by names.)
-    return _dot(settings, x, checkpoint_name(weight, AT_SOURCE))
+    return _dot(settings, x, weight)
 
 
 def _dot(settings: Settings, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -165,7 +160,7 @@ def _found(
     how = settings.how
     over = Over.of(settings.precision, probe.low, (kept, dy))
     bases, rules, due = aux
-    done = jnp.zeros([], bool)
+    done = varying_as(jnp.zeros([], bool), probe.done)
     if renewed is not None:
         bases, rules, done = renewed
     elif how.refresh:

@@ -1,9 +1,14 @@
 """Projection at the source over several devices: what crosses, and what stays."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import optax_subspace as osub
 from tests.train_helpers import on_eight_devices
+from tests.trees import kernels
 
 PARALLEL = r"""
 import functools, json, math, pathlib, re, tempfile
@@ -187,10 +192,15 @@ within = jax.shard_map(
     mesh=mesh, in_specs=(P(), P("data")), out_specs=P(),
 )
 def one(p, state, x, fun, at_source):
-    if not at_source:
-        return local.update(jax.grad(fun)(p, x), state, p)[0]
-    _, gradients, source = osub.subspace_value_and_grad(fun, local)(p, state, x)
-    return local.update(gradients, state, p, source=source)[0]
+    total = jax.tree.map(jnp.zeros_like, p)
+    for refresh in (True, False):  # the second step has none
+        gradients, more = jax.grad(fun)(p, x), {}
+        if at_source:
+            grad = osub.subspace_value_and_grad(fun, local, refresh=refresh)
+            _, gradients, more["source"] = grad(p, state, x)
+        updates, state = local.update(gradients, state, p, **more)
+        total = jax.tree.map(jnp.add, total, updates)
+    return total
 def apart(p, state, x, at_source):
     p, state = jax.tree.map(lambda a: a[0], (p, state))
     return jax.tree.map(lambda a: a[None], one(p, state, x, sine, at_source))
@@ -214,3 +224,21 @@ print(json.dumps(errors))
 @pytest.mark.slow
 def test_within_shard_map_gradients_are_those_that_are_projected_afterwards():
     assert max(on_eight_devices(WITHIN)) < 1e-5
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("rule", [osub.svd(), osub.online_pca()])
+def test_devices_may_have_kernels_of_their_own(rule, refresh):
+    """Around a ``shard_map``, whose axis is one of experts; in a slow test the numbers."""
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rules = [("e", osub.MatrixSpec(-2, -1))]
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, rules=rules, projector=rule)
+    local = lambda p, x: jax.lax.pmean(
+        jnp.mean(jnp.sin(jax.vmap(lambda x, k: x @ k)(x, p["e"]))), "data"
+    )
+    specs = {"in_specs": (jax.P("data"), jax.P("data")), "out_specs": jax.P()}
+    loss = jax.shard_map(local, mesh=mesh, **specs)
+    params = kernels(e=(4, 12, 8))
+    grad = osub.subspace_value_and_grad(loss, tx, refresh=refresh)
+    _, found, _ = jax.eval_shape(grad, params, tx.init(params), jnp.ones((4, 6, 12)))
+    assert found["e"].low.shape == (4, 12, 3)

@@ -1,5 +1,7 @@
 """What would lose its gradient at the source is refused, and says why."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,6 +164,8 @@ def test_errors_that_a_kernel_is_the_cause_of_say_so():
         with pytest.raises((ValueError, IndexError)) as error:
             run(fun)
         assert any("about a, projected at the source" in note for note in error.value.__notes__)
+    with pytest.raises(TypeError, match=r"add does not accept dtypes key<fry>"):
+        run(lambda p, x: jnp.sum(x @ p["a"]) + (jax.random.key(0) + 1))
     with pytest.raises(ValueError, match="my own") as error:
 
         def failing(p, x):
@@ -183,6 +187,107 @@ def test_layers_that_are_moved_are_not_refused():
         _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, state, x)
         ours, _ = tx.update(gradients, state, params, source=source)
         assert_close(ours, tx.update(jax.grad(loss)(params, x), state, params)[0])
+
+
+def test_a_stack_is_indexed_along_its_batch_axes():
+    """By the kernel's own index, and by one of each example or of each layer's turn."""
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, rules=[("e", MatrixSpec(-2, -1))])
+    params, x = kernels(e=(4, 8, 8)), jax.random.normal(jax.random.key(0), (4, 5, 8))
+    order, layer = jnp.array([2, 0, 3, 1]), lambda e, i: jax.tree.map(lambda w: w[i], e)
+    each = lambda f: lambda p, x: jnp.mean(jnp.sin(jax.vmap(lambda x, i: f(p, x, i))(x, order)))
+    in_turn = lambda at: (
+        lambda p, x: jnp.mean(
+            jnp.sin(functools.reduce(lambda x, i: jnp.tanh(x @ at(p["e"], i)), range(4), x))
+        )
+    )
+    for loss in (
+        in_turn(lambda e, i: e[i]),
+        in_turn(lambda e, i: e[-1 - i, ...]),
+        in_turn(lambda e, i: e[1:][i - 1] if i else e[order][1]),
+        in_turn(lambda e, i: e[jnp.asarray(i)]),
+        each(lambda p, x, i: x @ p["e"][i]),
+        each(lambda p, x, i: x @ layer(p["e"], i)),
+    ):
+        state = tx.init(params)
+        _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, state, x)
+        ours, _ = tx.update(gradients, state, params, source=source)
+        assert_close(ours, tx.update(jax.grad(loss)(params, x), state, params)[0])
+    for index in (np.s_[:, 0], np.s_[None], order > 1, np.s_[..., 0], 0.0):
+        run = osub.subspace_value_and_grad(lambda p, x, i=index: jnp.sum(x[0] @ p["e"][i]), tx)
+        with pytest.raises(TypeError, match="parameter e .*not for its part kernel.*along batch"):
+            jax.eval_shape(run, params, tx.init(params), x)
+
+
+def own_rule(rule):
+    """The identity with a derivative of its own."""
+    same = jax.custom_vjp(lambda w: w)
+    same.defvjp(lambda w: (w, None), lambda _, g: (rule(g),))
+    return same
+
+
+def test_derivative_rules_around_a_kernel_are_refused():
+    """They would scale, clip or turn the basis that was found, too."""
+    tx, params, x = osub.galore(0.1, 3), kernels(a=(8, 12)), jnp.ones((4, 8))
+    fun = lambda p, x: jnp.mean(jnp.sin(x @ p["a"]))
+    half = own_rule(lambda g: g / 2)
+    forward = jax.custom_jvp(lambda w: w)
+    forward.defjvp(lambda at, by: (at[0], -by[0]))
+    floating = lambda w: forward(w) if jnp.issubdtype(w.dtype, jnp.floating) else w
+    turned = own_rule(lambda g: jax.tree.map(jnp.negative, g))
+    for rule in (lambda p: jax.tree.map(half, p), lambda p: jax.tree.map(floating, p), turned):
+        run = osub.subspace_value_and_grad(lambda p, x, rule=rule: fun(rule(p), x), tx)
+        with pytest.raises(TypeError, match="puts a derivative rule .* around a, projected at"):
+            jax.eval_shape(run, params, tx.init(params), x)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_block_with_a_rule_of_its_own_that_scales_its_kernel_is_skipped(scale):
+    """Where it hands on what was found, as those do that compute anew, it serves."""
+    layer = lambda x, w: jnp.tanh(x @ w)
+    block = jax.custom_vjp(layer)
+    is_number = lambda g: g.dtype != jax.dtypes.float0
+    block.defvjp(
+        lambda x, w: (layer(x, w), (x, w)),
+        lambda saved, dy: jax.tree.map(
+            lambda g: g * scale if is_number(g) else g, jax.vjp(layer, *saved)[1](dy)
+        ),
+    )
+    tx = osub.scale_by_subspace(optax.identity(), rank=3)
+    params, x = kernels(a=(8, 12)), jax.random.normal(jax.random.key(0), (16, 8))
+    loss = lambda p, x: jnp.mean((block(x, p["a"]) - 1) ** 2)
+    state = tx.init(params)
+    _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, state, x)
+    ours, state = tx.update(gradients, state, params, source=source)
+    assert int(state.projection.skipped["a"]) == (scale != 1)
+    assert np.any(ours["a"]) == (scale == 1)
+    assert int(state.projection.leaves["a"].refreshes) == (scale == 1)
+
+
+def test_what_is_done_to_some_of_a_kernels_arrays_is_refused():
+    """By filters that see their shapes, sizes and dtypes."""
+    tx = osub.scale_by_subspace(optax.identity(), rank=3, rules=[("e", MatrixSpec(-2, -1))])
+    params, x = kernels(e=(3, 8, 8)), jnp.ones((4, 8))
+    fun = lambda e, x: jnp.mean(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, e)[0])
+    for moved in (
+        lambda w: w[::-1] if w.ndim > 2 else w,
+        lambda w: w[jnp.array([2, 0, 1])] if w.ndim > 2 else w,
+        lambda w: jnp.roll(w, 1, axis=0) if w.shape == (3, 8, 8) else w,
+        lambda w: jax.lax.stop_gradient(w) if w.size > 100 else w,
+        lambda w: jnp.zeros_like(w) if w.shape == (3, 8, 8) else w,
+    ):
+        loss = lambda p, x, moved=moved: fun(jax.tree.map(moved, p["e"]), x)
+        with pytest.raises(TypeError, match="freezes or replaces some of the arrays that e cons"):
+            jax.eval_shape(osub.subspace_value_and_grad(loss, tx), params, tx.init(params), x)
+    whole = lambda w: jnp.swapaxes(w, -1, -2) if w.shape == (3, 8, 8) else w
+    with pytest.raises(TypeError, match=r"by transpose.* e are projected at the source"):
+        loss = lambda p, x: fun(jax.tree.map(whole, p["e"]), x)
+        jax.eval_shape(osub.subspace_value_and_grad(loss, tx), params, tx.init(params), x)
+    with pytest.raises(TypeError, match="parameter e .*not for a cast to int8"):
+        loss = lambda p, x: jnp.mean(x @ p["e"][0].astype(jnp.int8))
+        jax.eval_shape(osub.subspace_value_and_grad(loss, tx), params, tx.init(params), x)
+    # (All of them, of which random keys have no derivative to stop.)
+    frozen = lambda p, x: fun(jax.tree.map(jax.lax.stop_gradient, p["e"]), x)
+    jax.eval_shape(osub.subspace_value_and_grad(frozen, tx), params, tx.init(params), x)
 
 
 def test_slices_whose_rows_or_columns_are_moved_are_refused():
