@@ -83,7 +83,7 @@ def galore(
       The optimizer.
 
     Raises:
-      ValueError: ``every`` and ``projector`` given together, and what
+      ValueError: ``every`` and ``projector`` given together, a decay below 0, and what
         :func:`scale_by_subspace` raises.
 
     References:
@@ -170,7 +170,7 @@ def online_subspace_descent(
       The optimizer.
 
     Raises:
-      ValueError: what :func:`scale_by_subspace` raises.
+      ValueError: a decay below 0, and what :func:`scale_by_subspace` raises.
 
     References:
       Liang et al., `Online Subspace Descent <https://arxiv.org/abs/2408.12857>`_, 2024, equation 4.

@@ -177,7 +177,8 @@ def refused_if_other(inner: Any, gradients: Any, state: Any) -> Iterator[None]:
         for path, has, needs in _other_shapes(state, made):
             raise ValueError(
                 f"the state of the inner transformation has {path} of shape {has}, these settings "
-                f"need {needs}: initialise the state with the same transformation and parameters"
+                f"need {needs}: initialise the state with the same transformation and parameters, "
+                "and give gradients of their shapes"
             ) from error
         raise
 

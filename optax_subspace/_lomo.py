@@ -56,6 +56,8 @@ def decays(weight_decay: Any) -> bool:
 def decay_of(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """Decoupled decay; of zero nothing, so that updates need no parameters."""
     check_scale("weight_decay", weight_decay)
+    if isinstance(weight_decay, numbers.Real) and not float(weight_decay) >= 0:
+        raise ValueError(f"weight_decay must not be below 0, got {weight_decay!r}")
     if not decays(weight_decay):
         return optax.identity()
     return optax.add_decayed_weights(weight_decay, _of_parts(mask))

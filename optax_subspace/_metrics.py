@@ -54,7 +54,8 @@ def subspace_metrics(
       The metrics by the leaf's path.
 
     Raises:
-      ValueError: the state is of another transformation, or of other parameters.
+      ValueError: the state is of another transformation, or of other parameters; or two members
+        of a chain project one leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,6 +81,11 @@ def subspace_metrics(
                 raise ValueError(
                     f"the state has a basis of parameter {name}, and there is no such gradient: "
                     "give the gradients of the parameters that the state is of"
+                )
+            if name in found:
+                raise ValueError(
+                    f"parameter {name} is projected by two members of the transformation, and one "
+                    "of them is not given its gradient: measure each alone, with its own state"
                 )
             gradient, plan = gradients[name], plan_of(plans, name, leaf)
             unknown = jnp.full(plan.batch_shape, jnp.nan, jnp.float32)

@@ -90,8 +90,14 @@ def check_state(
     ``made`` gives the basis that a plan begins with; its shapes alone count.
     """
     remedy = "initialise the state with the same transformation and parameters"
-    if not isinstance(state.leaves, dict) or set(state.skipped) != {p.path for p in plans}:
-        raise ValueError(f"the state belongs to other parameters than the gradient: {remedy}")
+    known = set(state.skipped) if isinstance(state.leaves, dict) else set()
+    if known != (paths := {p.path for p in plans}):
+        only = [f"no {path}" for path in sorted(known - paths)]
+        only += [f"{path}, which is not among them" for path in sorted(paths - known)]
+        raise ValueError(
+            "the state belongs to other parameters than the gradient, which has "
+            f"{' and '.join(only[:3])}: {remedy}, and give a gradient for each"
+        )
     if bool(state.accumulated) != (accumulate > 1):
         has = "has" if state.accumulated else "has no"
         raise ValueError(

@@ -121,7 +121,8 @@ def compile_rules(rules: Rules | None) -> list[tuple[re.Pattern[str], DimensionN
         if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
             raise TypeError(f"a rule is a pair (regex, spec), got {rule!r}")
         pattern, spec = rule
-        if spec is not None and not isinstance(spec, DimensionNumbers):
+        # (Of classes the axes, that the protocol asks for, are descriptors.)
+        if isinstance(spec, type) or not isinstance(spec, DimensionNumbers | None):
             raise TypeError(
                 f"the spec of rule {pattern!r} is {spec!r}: give MatrixSpec(reduction_axis=..., "
                 "output_axis=...), one of optax's dimension numbers, or None"

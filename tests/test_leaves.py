@@ -147,6 +147,9 @@ def test_bad_rules():
         MatrixSpec(projector="svd")
     with pytest.raises(TypeError, match=r"reduction_axis must be an axis or axes, got 0\.5"):
         MatrixSpec(reduction_axis=0.5)
+    for spec in (MatrixSpec, optax.contrib.MuonDimensionNumbers):
+        with pytest.raises(TypeError, match="the spec of rule 'w' is <class .*: give MatrixSpec"):
+            plans(shapes, [("w", spec)])
     with pytest.raises(TypeError, match="scale must be a number or a schedule, got 'a'"):
         MatrixSpec(scale="a")
     with pytest.raises(TypeError, match="pattern must be a regular expression, got None"):

@@ -532,8 +532,14 @@ def test_errors_of_the_factory_and_of_foreign_states():
     state = pure(rank=4, rules=None).init(params)
     with pytest.raises(ValueError, match=r"parameter w: .*\(12, 4\).*\(12, 5\)"):
         pure(rank=5, rules=None).update(params, state)
-    with pytest.raises(ValueError, match="other parameters"):
+    with pytest.raises(ValueError, match="has no w and v, which is not among them: initialise"):
         pure(rank=4, rules=None).update({"v": jnp.ones((20, 12))}, state)
+    for decay in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match=f"weight_decay must not be below 0, got {decay}"):
+            osub.galore(0.1, rank=4, weight_decay=decay)
+    twice = optax.chain(pure(rank=4, rules=None), pure(rank=2, rules=None))
+    with pytest.raises(ValueError, match="parameter w is projected by two members"):
+        osub.subspace_metrics(twice, twice.init(params), params)
     for rank, gradients in ((5, params), (4, {"v": params["w"]})):
         with pytest.raises(ValueError, match="parameter w.* the state "):
             osub.subspace_metrics(pure(rank=rank, rules=None), state, gradients)
