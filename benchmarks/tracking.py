@@ -26,8 +26,9 @@ PUBLISHED = osub.online_pca(
     relative=False,
     relative_to="gradient",
 )
-# Steps after which a rule has left behind that its first basis is that of one gradient.
-WARM = 20
+# Steps after which a rule has left behind that its first basis is that of one gradient: as many as
+# it is given after a jump.
+WARM = 30
 RULES = {
     "history_pca()": osub.history_pca(),
     "online_pca()": osub.online_pca(),
