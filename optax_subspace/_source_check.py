@@ -113,6 +113,9 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Misuse | None, list[Held
             continue
         name = eqn.primitive.name
         if eqn.params.get("name") == AT_SOURCE:
+            # (The first is what the kernel is multiplied by.)
+            if given[0] is not None:
+                return Misuse(given[0], "dot_general"), []
             if _moved_apart(eqn, given):
                 return Misuse(some, AT_SOURCE), []
             continue
@@ -140,7 +143,7 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Misuse | None, list[Held
 
 def _moved_apart(eqn: Any, given: list[Held | None]) -> bool:
     """Whether arrays that come to a product together were not all moved alike."""
-    # (The activations aside; keys and arrays without entries are left out of what others undergo.)
+    # (Keys and arrays without entries are left out of some of what is done to the others.)
     arrays = [
         (held, var)
         for held, var in zip(given[1:], eqn.invars[1:], strict=True)

@@ -103,6 +103,7 @@ def test_filters_of_leaves_do_not_take_a_kernel_for_numbers():
         lambda p, x: fun(p, x) + jax.lax.cond(x[0, 0] > 0, in_scan, lambda p: 0.0, p),
         lambda p, x: fun(p, x) + looped(leaves(p["e"])[0]),
         lambda p, x: fun(p, x) + leaves(p["a"])[0][0, 0],
+        lambda p, x: jnp.sum(leaves(p["a"])[0] @ p["e"][0]),
     ):
         with pytest.raises(TypeError, match="the loss goes through the leaves.* projected at"):
             jax.eval_shape(osub.subspace_value_and_grad(bad, tx), params, tx.init(params), x)
