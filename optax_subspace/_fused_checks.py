@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,19 +17,29 @@ from optax_subspace._blocks import has_quantized
 from optax_subspace._fused_state import LossScale
 from optax_subspace._leaves import can_learn, leaf_names
 from optax_subspace._projectors._base import check_count, check_number, is_number
+from optax_subspace._varying import varying_axes
 
 
 def check_clips(**clips: Any) -> None:
-    """Raises unless each is None or a positive number, which may be traced."""
+    """Raises unless each is None or a number that is positive in float32, and may be traced."""
     for name, value in clips.items():
         if value is None:
             continue
         if not is_number(value):
             raise TypeError(f"fused_backward: {name} must be a number, got {value!r}")
-        if not isinstance(value, jax.core.Tracer) and not float(value) > 0:
+        # (Numbers below the normal ones count as zero.)
+        if not isinstance(value, jax.core.Tracer) and not value >= np.finfo(np.float32).tiny:
             raise ValueError(
-                f"fused_backward: {name} must be positive, got {value}: leave it out not to clip"
+                f"fused_backward: {name} must be positive in float32, got {value}: leave it out "
+                "not to clip"
             )
+
+
+def check_seed(seed: Any) -> None:
+    """Raises unless it is None or an integer, which may be traced."""
+    if seed is None or (is_number(seed) and jnp.issubdtype(jnp.result_type(seed), jnp.integer)):
+        return
+    raise TypeError(f"fused_backward: seed must be an int, got {seed!r}")
 
 
 def check_loss_scale(how: Any) -> None:
@@ -48,9 +60,28 @@ def check_loss_scale(how: Any) -> None:
             )
 
 
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Says what an error of JAX means that comes of a block."""
+    try:
+        yield
+    except TypeError as error:
+        if "scan body function carry" in str(error):
+            error.add_note(
+                "fused_backward: block hands on what it is given, of the same shapes and dtypes: "
+                "cast what embed returns, or what block does"
+            )
+        raise
+
+
 def check_loss(value: Any) -> None:
-    """Raises unless what ``loss`` returned is one real number."""
+    """Raises unless what ``loss`` returned is one real number, the same on all devices."""
     if isinstance(value, jax.Array) and not value.shape and can_learn(value.dtype):
+        if axes := sorted(varying_axes(value)):
+            raise ValueError(
+                f"fused_backward: the loss differs between the devices of a shard_map over {axes}: "
+                "leave the step to jax.jit, with a batch that is split over the mesh"
+            )
         return
     shape = lambda x: f"{jnp.asarray(x).dtype}{list(jnp.shape(x))}"
     found = jax.tree.map(lambda x: shape(x) if isinstance(x, jax.Array) else repr(x), value)

@@ -15,6 +15,8 @@ from optax_subspace._fused_checks import (
     check_clips,
     check_loss,
     check_loss_scale,
+    check_seed,
+    explained,
     refuse_gradient_trees,
     refuse_integers,
     warn_if_rounded_to_nearest,
@@ -117,10 +119,11 @@ def fused_backward(
         library's optimizers may be, as a dict); the parameters are no plain dict or have no such
         key; the layers are a list, or their first axes differ; a weight in int8 was not stored
         layer by layer. At once, ``at_source`` without ``remat``, a number to clip to that is
-        not positive, or a loss scale that can't grow and shrink.
-      TypeError: ``tx`` is no transformation, ``loss_scale`` no :class:`LossScale`, or what to clip
-        to no number; at ``init``, a parameter that is no real number; at ``step``, a loss that is
-        none.
+        not positive, or a loss scale that can't grow and shrink. At ``step``, a loss that
+        differs between devices of a ``shard_map``.
+      TypeError: ``tx`` is no transformation, ``loss_scale`` no :class:`LossScale`, ``seed`` no
+        integer, or what to clip to no number; at ``init``, a parameter that is no real number; at
+        ``step``, a loss that is none, or a block that hands on other dtypes than it is given.
 
     References:
       Lv et al., `LOMO <https://arxiv.org/abs/2306.09782>`_, 2023, algorithm 1 and section 3.3.
@@ -148,6 +151,7 @@ def fused_backward(
         )
     check_clips(clip_norm=clip_norm, clip_layer_norm=clip_layer_norm, clip_value=clip_value)
     check_loss_scale(loss_scale)
+    check_seed(seed)
     two_passes = clip_norm is not None or loss_scale is not None
 
     def init(params: Any) -> FusedState:
@@ -184,7 +188,8 @@ def fused_backward(
         take = lambda keys: {key: weights[key] for key in keys}
 
         x, embed_vjp = jax.vjp(lambda part: embed({**weights, **part}, batch), take(at_start))
-        x, saved = blocks.forward(stack, x)
+        with explained():
+            x, saved = blocks.forward(stack, x)
         value, loss_vjp = jax.vjp(
             lambda part, x: loss({**weights, **part}, x, batch), take(at_end), x
         )

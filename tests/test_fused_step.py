@@ -286,10 +286,29 @@ def test_finite_gradients_whose_squares_overflow_are_no_overflow(clip_norm):
 
 @pytest.mark.parametrize("name", ["clip_norm", "clip_layer_norm", "clip_value"])
 def test_numbers_to_clip_to_are_positive(name):
-    for value in (0, -1.0, np.float32(0), float("nan"), jnp.float32(-1), np.zeros([])):
-        with pytest.raises(ValueError, match=f"{name} must be positive, got {value}: leave it out"):
+    for value in (0, -1.0, 1e-45, np.float32(0), float("nan"), jnp.float32(-1), np.zeros([])):
+        with pytest.raises(ValueError, match=f"{name} must be positive in float32, got {value}: l"):
             osub.fused_backward(*MODEL, optax.sgd(0.1), **{name: value})
     osub.fused_backward(*MODEL, optax.sgd(0.1), **{name: jnp.float32(1)})
+
+
+def test_what_a_step_is_given_wrong_is_told():
+    for seed in ("a", 0.5, True, jax.random.key(0)):
+        with pytest.raises(TypeError, match="fused_backward: seed must be an int, got"):
+            osub.fused_backward(*MODEL, optax.sgd(0.1), seed=seed)
+    params, batch = params_in(), batch_in()
+    half = lambda rest, batch: embed(rest, batch).astype(jnp.bfloat16)
+    fused = osub.fused_backward(half, block, loss, optax.sgd(0.1))
+    with pytest.raises(TypeError) as error:
+        jax.eval_shape(fused.step, params, fused.init(params), batch)
+    assert any("block hands on what it is given" in note for note in error.value.__notes__)
+    fused = osub.fused_backward(*MODEL, optax.sgd(0.1))
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"in_specs": (jax.P(), jax.P(), jax.P("data")), "out_specs": jax.P()}
+    with pytest.raises(ValueError, match=r"the loss differs between .* over \['data'\]: leave"):
+        jax.eval_shape(
+            jax.shard_map(fused.step, mesh=mesh, **specs), params, fused.init(params), batch
+        )
 
 
 def with_more(random):
