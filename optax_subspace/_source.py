@@ -177,7 +177,8 @@ class AtSource:
             return [x for x in jax.tree.leaves(found) if isinstance(x, jax.Array)]
 
         named = {n: dataclasses.replace(k, checked=True) for n, k in self._kernels.items()}
-        program = jax.make_jaxpr(run)(named, self.rest)
+        with jax.disable_jit(False):  # products are named by it
+            program = jax.make_jaxpr(run)(named, self.rest)
         held: list[Held | None] = [
             Held(name, path[0] == jax.tree_util.GetAttrKey("weight"), x.ndim - kernel.due.ndim)
             for name, kernel in sorted(self._kernels.items())

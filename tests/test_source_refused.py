@@ -176,6 +176,16 @@ def test_errors_that_a_kernel_is_the_cause_of_say_so():
     assert not any("about a" in note for note in getattr(error.value, "__notes__", ()))
 
 
+def test_a_loss_can_be_debugged():
+    tx, params, x = osub.galore(0.1, 3), kernels(a=(8, 12)), jnp.ones((4, 8))
+    grad = osub.subspace_value_and_grad(lambda p, x: jnp.mean(jnp.sin(x @ p["a"])), tx)
+    expected, _, _ = grad(params, tx.init(params), x)
+    with jax.disable_jit(), jax.debug_nans(True), jax.check_tracer_leaks():
+        value, gradients, _ = grad(params, tx.init(params), x)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert gradients["a"].low.shape == (3, 12)
+
+
 def test_layers_that_are_moved_are_not_refused():
     tx = osub.scale_by_subspace(optax.identity(), rank=3, rules=[("e", MatrixSpec(-2, -1))])
     params, x = kernels(e=(3, 8, 8)), jax.random.normal(jax.random.key(0), (4, 8))
