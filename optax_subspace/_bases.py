@@ -25,7 +25,7 @@ from optax_subspace._projection_state import (
     check_unique,
 )
 from optax_subspace._projectors import Projector, svd
-from optax_subspace._projectors._base import check_count, check_projector, key_of
+from optax_subspace._projectors._base import check_count, check_projector, check_seed, key_of
 from optax_subspace._refresh import (
     Refreshed,
     Turn,
@@ -89,10 +89,7 @@ class Subspace:
         compile_rules(self.rules)  # raises for what are none
         self.projector, self.inner = projector, inner
         self.stagger, self.moments, self.accumulate, self.seed = stagger, moments, accumulate, seed
-        # (An array where optax.inject_hyperparams has it in its state.)
-        dtype = getattr(seed, "dtype", np.dtype(type(seed)))
-        if np.shape(seed) or not jnp.issubdtype(dtype, jnp.integer):
-            raise TypeError(f"seed must be an int, got {seed!r}")
+        check_seed("seed", seed)
         self.projector_dtype = projector_dtype
         self.called: set[Any] = set()  # see `compiled_alone`
         storage_of(projector_dtype)  # raises for what is none

@@ -35,13 +35,6 @@ def check_clips(**clips: Any) -> None:
             )
 
 
-def check_seed(seed: Any) -> None:
-    """Raises unless it is None or an integer, which may be traced."""
-    if seed is None or (is_number(seed) and jnp.issubdtype(jnp.result_type(seed), jnp.integer)):
-        return
-    raise TypeError(f"fused_backward: seed must be an int, got {seed!r}")
-
-
 def check_loss_scale(how: Any) -> None:
     """Raises unless ``how`` is None or a :class:`LossScale` that can grow and shrink."""
     if how is None:

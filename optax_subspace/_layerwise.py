@@ -15,7 +15,6 @@ from optax_subspace._fused_checks import (
     check_clips,
     check_loss,
     check_loss_scale,
-    check_seed,
     explained,
     refuse_gradient_trees,
     refuse_integers,
@@ -30,7 +29,7 @@ from optax_subspace._fused_state import (
 )
 from optax_subspace._parts import as_seen, init_part
 from optax_subspace._projection import compute_dtype
-from optax_subspace._projectors._base import LAYER_AXIS, transformation
+from optax_subspace._projectors._base import LAYER_AXIS, check_seed, transformation
 from optax_subspace._rounding import apply_updates
 from optax_subspace._source import AtSource
 from optax_subspace._stack import (
@@ -151,7 +150,8 @@ def fused_backward(
         )
     check_clips(clip_norm=clip_norm, clip_layer_norm=clip_layer_norm, clip_value=clip_value)
     check_loss_scale(loss_scale)
-    check_seed(seed)
+    if seed is not None:
+        check_seed("fused_backward: seed", seed)
     two_passes = clip_norm is not None or loss_scale is not None
 
     def init(params: Any) -> FusedState:

@@ -17,6 +17,8 @@ from optax_subspace._source_refresh import How
 
 # What a product with a kernel is called in the program of a loss that is checked.
 AT_SOURCE = "optax_subspace_at_source"
+# What errors of JAX call the dtype of a mark.
+MARK_DTYPE = "key<at_source>"
 
 
 def _no_numbers(*arguments: Any) -> Any:
@@ -33,8 +35,6 @@ _MARKS = define_prng_impl(
     name=AT_SOURCE,
     tag="at_source",
 )
-# What errors of JAX call the dtype of a mark.
-MARK_DTYPE = "key<at_source>"
 
 
 def mark(shape: tuple[int, ...]) -> jax.Array:

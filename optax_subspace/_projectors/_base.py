@@ -94,6 +94,14 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_seed(name: str, value: Any) -> None:
+    """Raises unless ``value`` is one integer, which may be traced."""
+    # (An array where optax.inject_hyperparams has it in its state.)
+    dtype = getattr(value, "dtype", np.dtype(type(value)))
+    if np.shape(value) or not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
 def check_number(name: str, value: Any) -> None:
     """Raises unless ``value`` is a real number."""
     if not _is_real(value):
