@@ -15,13 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.layout import Format, Layout
 
 import optax_subspace as osub
 from benchmarks import _llama_shapes, _timing
 from models import llama
 from models.config import PRESETS, LlamaConfig
-from train import topology
+from train import placement, topology
 from train.batches import Batch
 from train.memory import tree_bytes
 from train.optimizer import SLICE_SIZE
@@ -86,17 +85,14 @@ def plain_step(config: LlamaConfig, tx: Any) -> Callable[..., Any]:
     return step
 
 
-def compile_row(
-    name: str, function: Any, arguments: tuple[Any, ...], donate: Any, layouts: Any
-) -> list[str]:
-    """One row of the table; a program that does not fit says what it needs.
-
-    ``layouts`` is None, or the format of all arguments and results.
-    """
+def compile_row(name: str, function: Any, arguments: tuple[Any, ...], donate: Any) -> list[str]:
+    """One row of the table; a program that does not fit says what it needs."""
     start = time.perf_counter()
+    # What takes the place of an argument has its layout, too.
+    results = (*(placement.formats(arguments[i]) for i in donate), None) if donate else None
     try:
-        ends = {} if layouts is None else {"in_shardings": layouts, "out_shardings": layouts}
-        compiled = jax.jit(function, donate_argnums=donate, **ends).lower(*arguments).compile()
+        step = jax.jit(function, donate_argnums=donate, out_shardings=results)
+        compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -130,16 +126,12 @@ def main() -> None:
     parser.add_argument("--side", default="shorter", help="of GaLore's and OSD's bases")
     parser.add_argument("--bases", default="bfloat16", help="dtype or code of the bases")
     parser.add_argument("--int8", action="store_true", help="kernels in int8")
-    parser.add_argument(
-        "--auto_layouts", action="store_true", help="let the compiler lay out weights and state"
-    )
     parser.add_argument("--keep", action="store_true", help="keep residuals, compute nothing anew")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # where libtpu is installed and no TPU is
     on_tpu = args.platform == "tpu"
     device = topology.devices(args.topology)[0][0] if on_tpu else jax.devices()[0]
     place = jax.sharding.SingleDeviceSharding(device)
-    layouts = Format(Layout.AUTO, place) if args.auto_layouts else None
     where = f"TPU {args.topology}" if on_tpu else "CPU"
     print(f"{where}, {_timing.versions('jax', 'optax', 'libtpu')}")
     dtype = "bfloat16" if on_tpu else "float32"
@@ -154,14 +146,13 @@ def main() -> None:
             remat=not args.keep,
         )
         rank = _llama_shapes.RANKS[model]
-        put = lambda tree: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=None if layouts else place),
-            tree,
+        put = lambda tree: placement.in_whole_layers(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
         )
         arrays = jax.eval_shape(lambda key, c=config: llama.init_params(c, key), jax.random.key(0))
         params = put(jax.eval_shape(kernels_in_int8, arrays) if args.int8 else arrays)
         windows = put(jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32))
-        rows = [compile_row("forward only", evaluation(config), (params, windows), (), layouts)]
+        rows = [compile_row("forward only", evaluation(config), (params, windows), ())]
         found = methods(rank, args.side, args.bases)
         chosen = {name: tx for name, tx in found.items() if name in args.methods}
         for name, tx in chosen.items():
@@ -169,12 +160,12 @@ def main() -> None:
                 state = put(jax.eval_shape(tx.init, arrays))
                 step = plain_step(config, tx)
                 arguments = (params, state, windows)
-                rows.append(compile_row(f"{name}, plain", step, arguments, (0, 1), layouts))
+                rows.append(compile_row(f"{name}, plain", step, arguments, (0, 1)))
             if "fused" in args.steps:
                 fused = osub.fused_backward(*parts_of(config), tx, remat=not args.keep, seed=0)
                 state = put(jax.eval_shape(fused.init, params))
                 arguments = (params, state, windows)
-                rows.append(compile_row(f"{name}, fused", fused.step, arguments, (0, 1), layouts))
+                rows.append(compile_row(f"{name}, fused", fused.step, arguments, (0, 1)))
             print(rows[-1], flush=True)
         rest = [part for key, part in arrays.items() if key != "layers"]
         largest = max(map(tree_bytes, rest)) / 2**30

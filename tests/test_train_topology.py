@@ -3,10 +3,12 @@
 import importlib.util
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from models.config import LlamaConfig
-from train import hlo, topology
+from train import hlo, placement, topology
 from train.cli import main
 
 SMALL = [
@@ -93,3 +95,23 @@ def test_a_slice_that_is_not_there(capsys):
         size = re.search(rf"{kind} +([\d.]+)", out)
         assert size, out
     assert topology.gibibytes(2**30) == "1.000"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra aot")
+def test_a_tpu_keeps_layers_of_odd_width_in_one_piece():
+    place = jax.sharding.SingleDeviceSharding(topology.devices("v5e:2x2")[0][0])
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=place)
+    odd, even, matrix = shape(48, 1024, 2731), shape(48, 1024, 2736), shape(1024, 2731)
+    found = placement.in_whole_layers([odd, even, matrix])
+    assert found[0].format.layout.major_to_minor == (0, 2, 1)
+    assert found[1:] == [even, matrix]
+
+    def layers(stack):
+        step = lambda x, layer: (jnp.tanh(x @ layer) @ layer.T, None)
+        return jax.lax.scan(step, jnp.ones((8, 1024), jnp.bfloat16), stack)[0]
+
+    held = [jax.jit(layers).lower(x).compile().memory_analysis() for x in (odd, found[0])]
+    size = 48 * 1024 * 2731 * 2
+    copied, whole = (memory.temp_size_in_bytes for memory in held)
+    assert copied > size and whole < size / 10

@@ -216,11 +216,12 @@ class Checkpoints:
         if processes.is_first():
             self._sweep()
         processes.meet("restore")
-        shapes = jax.tree.map(_on_device, shapes)
+        places = jax.tree.map(_on_device, shapes)
         bad: list[int] = []
         for step in reversed(self.steps()):
-            state, reason = self._try(step, shapes, data)
+            state, reason = self._try(step, places, data)
             if state is not None:
+                state = jax.tree.map(_laid_out, state, shapes)
                 if processes.is_first():
                     for number in bad:
                         self._set_aside(number)
@@ -326,6 +327,13 @@ def _copied(state: State) -> State:
 def _on_device(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _laid_out(array: jax.Array, shape: Any) -> jax.Array:
+    """The array in the shape's layout, of which Orbax knows nothing."""
+    if shape.format.layout is None:
+        return array
+    return jax.device_put(array, shape.format, donate=True)
 
 
 def _existing(path: Path) -> Path:

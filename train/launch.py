@@ -71,8 +71,8 @@ def run(command: Command) -> None:
     key = jax.random.key(config.train.seed)
     optimizer, fused, begin = prepare(config, work)
     shapes = placement.place(jax.eval_shape(begin, key), optimizer, grid)
-    shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    initial = jax.jit(begin, donate_argnums=1, out_shardings=shardings)
+    formats = placement.formats(shapes)
+    initial = jax.jit(begin, donate_argnums=1, out_shardings=formats)
 
     adapters = sum(leaf.size for leaf in lora.adapters(shapes.params))
     more = f" and {adapters:,} of adapters" if adapters else ""
@@ -88,11 +88,11 @@ def run(command: Command) -> None:
     batch = mesh.with_shardings(batch, jax.tree.map(lambda _: grid.rows, batch))
     # Compiled ahead: the memory is known before any is taken, and a second compilation, which a
     # changed shape or dtype would cost, is an error.
-    steps = source.jitted_steps(config, optimizer, fused, work, shardings)
+    steps = source.jitted_steps(config, optimizer, fused, work, formats)
     compiled = [step.lower(shapes, batch).compile() for step in steps]
     train_step = source.SourceSteps(*compiled) if len(compiled) > 1 else compiled[0]
     if config.lora.merge_every:
-        merge = relora.jitted_merge(config, shardings).lower(shapes).compile()
+        merge = relora.jitted_merge(config, formats).lower(shapes).compile()
         train_step = relora.MergingSteps(train_step, merge, config.lora.merge_every)
     loss_fn = make_loss(config.model, optimizer)
     parts = pieces(config.model) if is_fused else None

@@ -1,10 +1,12 @@
-"""Where each array of the state is: parameters by the model's table, their moments beside them."""
+"""Where each array of the state is, parameters by the model's table and their moments beside them,
+and in which order of axes."""
 
 import warnings
 from typing import Any
 
 import jax
 import optax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_subspace import FusedState, dequantize, state_shardings
@@ -14,7 +16,7 @@ from train.step import State, are_in_int8, kernels_in_int8
 
 
 def place(shapes: State, optimizer: Optimizer, mesh: Mesh) -> State:
-    """The shapes of a state, from `init_state`, with the shardings that it has on the mesh."""
+    """The shapes of a state, from `init_state`, with the formats that it has on the mesh."""
     arrays = jax.eval_shape(dequantize, shapes.params)
     arrays = with_shardings(arrays, mesh.of_params(arrays))
     params = jax.tree.map(lambda x: x.sharding, arrays)
@@ -27,7 +29,33 @@ def place(shapes: State, optimizer: Optimizer, mesh: Mesh) -> State:
     else:
         opt_state = state_shardings(optimizer.tx, arrays)
     step: Any = mesh.everywhere
-    return with_shardings(shapes, State(step, params, opt_state))
+    return in_whole_layers(with_shardings(shapes, State(step, params, opt_state)))
+
+
+def in_whole_layers(shapes: Any) -> Any:
+    """Shapes on devices, of which stacks of layers are laid out layer by layer.
+
+    A TPU's own layout is the one with the least padding. Of a stack of odd width, such as the 5461
+    of 1b's MLP, that is one whose tiles hold parts of all layers, and each loop over layers copies
+    the whole stack first: 12.2 GiB for a fused AdamW step in place of 8.4. The other axes keep the
+    order that they have there.
+    """
+    alone = jax.jit(lambda tree: None, keep_unused=True).lower(shapes).compile()
+    return jax.tree.map(_in_whole_layers, shapes, alone.input_formats[0][0])
+
+
+def _in_whole_layers(x: jax.ShapeDtypeStruct, own: Format) -> jax.ShapeDtypeStruct:
+    layout: Any = own.layout
+    order = layout.major_to_minor
+    if len(x.shape) < 3 or order[0] == 0:
+        return x
+    layers_first = Layout((0, *(axis for axis in order if axis)))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=Format(layers_first, x.sharding))
+
+
+def formats(shapes: Any) -> Any:
+    """Where and how the arrays of these shapes are laid out, for `jax.jit` and `jax.device_put`."""
+    return jax.tree.map(lambda x: x.format, shapes)
 
 
 def _of_fused(tx: optax.GradientTransformation, arrays: Any, mesh: Mesh) -> FusedState:

@@ -16,7 +16,7 @@ from train.config import Config
 from train.step import Metrics, State
 
 
-def jitted_merge(config: Config, shardings: State | None = None) -> Any:
+def jitted_merge(config: Config, formats: State | None = None) -> Any:
     """A jitted function of the state, which is donated: that of the same model, begun anew.
 
     Its random numbers are a function of seed and step, so that a resumed run draws the same.
@@ -31,7 +31,7 @@ def jitted_merge(config: Config, shardings: State | None = None) -> Any:
         return State(state.step, params, without_moments(state.opt_state))
 
     # Old moments and factors are read by nothing, and yet are memory for the new ones.
-    return jax.jit(merge, donate_argnums=0, keep_unused=True, out_shardings=shardings)
+    return jax.jit(merge, donate_argnums=0, keep_unused=True, out_shardings=formats)
 
 
 def without_moments(opt_state: Any) -> Any:

@@ -44,14 +44,14 @@ def check(config: Config, mesh: Mesh) -> None:
 
 
 def jitted_steps(
-    config: Config, optimizer: Optimizer, fused: FusedStep | None, work: Work, shardings: State
+    config: Config, optimizer: Optimizer, fused: FusedStep | None, work: Work, formats: State
 ) -> list[Any]:
     """The configuration's training step; at the source one that refreshes and one that does not."""
     seed = config.train.seed if config.train.stochastic_rounding else None
     if config.train.project_at_source and fused is None:
-        make = functools.partial(make_source_step, config.model, optimizer, seed, work, shardings)
+        make = functools.partial(make_source_step, config.model, optimizer, seed, work, formats)
         return [make(refresh) for refresh in (True, False)]
-    return [make_train_step(config.model, optimizer, seed, fused, work, shardings)]
+    return [make_train_step(config.model, optimizer, seed, fused, work, formats)]
 
 
 def make_source_step(
@@ -59,7 +59,7 @@ def make_source_step(
     optimizer: Optimizer,
     seed: int | None = None,
     work: Work = ALONE,
-    shardings: State | None = None,
+    formats: State | None = None,
     refresh: bool = True,
 ) -> Any:
     """As `train.step.make_train_step`, with `optax_subspace.subspace_value_and_grad`.
@@ -97,7 +97,7 @@ def make_source_step(
         metrics = Metrics(loss, jnp.sqrt(squared), rate, jnp.zeros([]))
         return State(state.step + 1, *carry), metrics
 
-    out = None if shardings is None else (shardings, everywhere(work))
+    out = None if formats is None else (formats, everywhere(work))
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 

@@ -139,12 +139,12 @@ def make_train_step(
     seed: int | None = None,
     fused: FusedStep | None = None,
     work: Work = ALONE,
-    shardings: State | None = None,
+    formats: State | None = None,
 ) -> Any:
     """A jitted function of the state, which is donated, and of a `Batch`.
 
     With a `seed` weights of few bits are rounded stochastically; a `fused` step has its own. The
-    new state has the `shardings`, or those that the compiler chooses.
+    new state has the `formats`, or those that the compiler chooses.
     """
     gradient = make_gradient(model, optimizer, work)
 
@@ -181,7 +181,7 @@ def make_train_step(
         metrics = Metrics(loss, norm, rate, jnp.zeros([]))
         return State(state.step + 1, params, opt_state), metrics
 
-    out = None if shardings is None else (shardings, everywhere(work))
+    out = None if formats is None else (formats, everywhere(work))
     step = fused_train_step if fused else train_step
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 

@@ -127,11 +127,11 @@ def compile_step(config: Config, grid: mesh.Mesh) -> Compiled | Refused:
     key = jax.random.key(config.train.seed)
     optimizer, fused, begin = launch.prepare(config, work)
     shapes = placement.place(jax.eval_shape(begin, key), optimizer, grid)
-    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    formats = placement.formats(shapes)
     size = (config.train.batch_size, config.train.sequence_length)
     tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=grid.rows)
     # (Of two steps the one that takes more.)
-    step = source.jitted_steps(config, optimizer, fused, work, shardings)[0]
+    step = source.jitted_steps(config, optimizer, fused, work, formats)[0]
     try:
         compiled = step.lower(shapes, Batch(tokens, tokens)).compile()
     except jax.errors.JaxRuntimeError as error:
