@@ -34,6 +34,7 @@ from optax_subspace._refresh import (
     follow_product,
     joined,
     refresh,
+    together,
 )
 from optax_subspace._rules import Rules, check_scale, check_side, compile_rules, rules_of
 from optax_subspace._schedule import (
@@ -292,6 +293,7 @@ class Subspace:
             refresh(rule, plan, due, matrices, side, basis, state, self.moments == "project")
             for side, basis, state in zip(plan.sides, old.bases, old.rule, strict=True)
         ]
+        sides = together(sides, old.bases, old.rule)
         return self._scheduled(plan, old, sides, early)
 
     @compiled_alone

@@ -88,10 +88,11 @@ def subspace_metrics(
                     "of them is not given its gradient: measure each alone, with its own state"
                 )
             gradient, plan = gradients[name], plan_of(plans, name, leaf)
-            unknown = jnp.full(plan.batch_shape, jnp.nan, jnp.float32)
-            known = not is_projected(gradient)
+            # (An array of NaN is made for those alone: it ends a search for NaNs.)
             found[name] = SubspaceMetrics(
-                captured_energy(gradient, leaf, plan) if known else unknown,
+                jnp.full(plan.batch_shape, jnp.nan, jnp.float32)
+                if is_projected(gradient)
+                else captured_energy(gradient, leaf, plan),
                 leaf.drift,
                 leaf.refreshes,
                 node.skipped[name],

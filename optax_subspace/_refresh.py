@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -86,6 +87,23 @@ def turned(squared: bool | None, plan: LeafPlan, moment: jax.Array, turn: Turn) 
     return over_slices(turn_all, plan, turn.done, turn.rotations, moment)
 
 
+def together(sides: Sequence[Refreshed], bases: Any, rules: Any) -> list[Refreshed]:
+    """The sides after a refresh; where a rule failed on one side, as both were before."""
+    if len(sides) == 1:
+        return list(sides)
+    done = functools.reduce(jnp.logical_and, [s.done for s in sides])
+    after = tuple(s.basis for s in sides), tuple(s.rule for s in sides)
+    bases, rules = keep_slices(done, after, (bases, rules))
+    changes = zip(sides, bases, rules, strict=True)
+    return [side._replace(basis=b, rule=r, done=done) for side, b, r in changes]
+
+
+def keep_slices(done: jax.Array, new: Any, old: Any) -> Any:
+    """``new`` where ``done`` ``(*batch,)``, else ``old``; trees with batch axes in front."""
+    wide = lambda x: done.reshape(done.shape + (1,) * (x.ndim - done.ndim))
+    return jax.tree.map(lambda n, o: jnp.where(wide(n), n, o), new, old)
+
+
 def joined(sides: Sequence[Refreshed]) -> tuple[jax.Array, jax.Array, Turn]:
     """Of the sides of a leaf: the slices done, the least overlap, and the moments' turn."""
     done = sides[0].done
@@ -115,7 +133,9 @@ def refresh(
         # The branch keeps XLA from computing, ahead of the loop and so on every step, whatever the
         # rule needs of a gradient that is the only slice of its leaf.
         new = lambda: checked(rule.update, scaled(), *old, name=plan.path)
-        return jax.lax.cond(due, new, lambda: old), True, 1.0, True
+        none = lambda: (*old, varying_as(jnp.zeros([], bool), (arrays, old)))
+        *after, done = jax.lax.cond(due, new, none)
+        return tuple(after), done, 1.0, True
 
     return in_slices(plan, due, update, (due, matrices), (basis, state), rotate)
 
@@ -157,8 +177,8 @@ def follow(
         measure, matrix, low, scale, squared = arrays
         matrix, low = turn(matrix), turn(low)
         product = matrix @ low.T / jnp.where(squared > 0, squared, 1) / scale
-        new = checked(step, product, *old, name=plan.path)
-        moved = squared > 0
+        basis, rule_state, finite = checked(step, product, *old, name=plan.path)
+        new, moved = (basis, rule_state), finite & (squared > 0)
         energy = jnp.sum(low**2) / jnp.where(moved, squared, 1)
         # Only a gradient without coordinates has to be looked at whole.
         look = lambda: jnp.all(matrix == 0)
@@ -190,7 +210,8 @@ def follow_product(
 
     def move(arrays, old):
         measure, energy, product = arrays
-        new, moved = checked(step, product, *old, name=plan.path), energy >= 0
+        basis, rule_state, finite = checked(step, product, *old, name=plan.path)
+        new, moved = (basis, rule_state), finite & (energy >= 0)
         new = jax.tree.map(lambda n, o: jnp.where(moved, n, o), new, old)
         return new, moved, energy, measure
 
@@ -210,7 +231,8 @@ def adopt(
 
     def take(arrays, old):
         state, basis = arrays
-        return checked(lambda new, *_: (new, state), basis, *old), True, 1.0, True
+        *after, done = checked(lambda new, *_: (new, state), basis, *old)
+        return tuple(after), done, 1.0, True
 
     return in_slices(plan, done, take, (found_state, found), (basis, state), rotate)
 
@@ -287,8 +309,11 @@ def compare(new: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def checked(
     rule: Any, array: jax.Array, basis: Any, state: Any, *, name: str = "a matrix"
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, jax.Array]:
     """Applies a rule's function in the arithmetic's dtype and stores in the state's.
+
+    Returns:
+      The basis and the rule's state, and whether the basis is finite; else they are those before.
 
     Raises:
       ValueError: what it returns for the parameter ``name`` has other shapes than before.
@@ -311,7 +336,7 @@ def checked(
         new_basis = quantize_like(new_basis, basis)
     else:
         new_basis = as_before(new_basis, basis)
-    # A rule that fails leaves its leaf as it was.
+    # A rule that fails leaves its leaf as it was, and due.
     finite = jnp.all(jnp.isfinite(dequantize(new_basis)))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    return keep(new_basis, basis), keep(new_state, state)
+    return keep(new_basis, basis), keep(new_state, state), finite

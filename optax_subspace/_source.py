@@ -31,7 +31,7 @@ from optax_subspace._source_check import (
     scaled_by_a_rule,
 )
 from optax_subspace._source_kernel import MARK_DTYPE, SourceKernel, mark
-from optax_subspace._source_product import Probe, differentiated_twice
+from optax_subspace._source_product import USE, Probe, differentiated_twice
 from optax_subspace._source_refresh import How, as_floats, from_floats
 from optax_subspace._varying import refuse_unchecked_axes, varying_as
 
@@ -123,6 +123,10 @@ def subspace_value_and_grad(
     return value_and_grad
 
 
+# Words of errors that come of a kernel that is a tree.
+_OF_TREES = ("vmap", "sharding_constraint", "tuple index", "pytree", "GetAttrKey")
+
+
 class AtSource:
     """Parameters whose projected kernels are replaced by stand-ins.
 
@@ -151,17 +155,25 @@ class AtSource:
         """Says what errors of JAX mean that come of a stand-in."""
         try:
             yield
+        except jax.errors.ConcretizationTypeError as error:
+            error.add_note(
+                f"The loss is traced to see what it does to {self._paths()}, projected at the "
+                "source, outside of jax.jit and under jax.disable_jit, too: let nothing in it "
+                "depend on values in Python (jax.lax.cond chooses; jax.debug_nans finds NaNs)."
+            )
+            raise
         except (TypeError, NotImplementedError) as error:
             self._explain(error)
             raise
-        except (ValueError, IndexError) as error:
-            if any(word in str(error) for word in ("vmap", "sharding_constraint", "tuple index")):
+        except (AttributeError, IndexError, ValueError) as error:
+            if any(word in str(error) for word in _OF_TREES):
                 error.add_note(
                     f"If it is about {self._paths()}, projected at the source: in the loss such a "
                     "kernel is a tree of arrays that have its batch axes in front and little else "
-                    "in common. vmap and scan go along those axes alone; shardings are for the "
-                    "parameters given, not for a kernel in the loss, and flax.linen.unbox takes "
-                    "its boxes off before."
+                    "in common. vmap and scan go along those axes alone, kernels that are "
+                    "parameters of their own cannot be stacked, and the names of leaves go on "
+                    "below the parameter's; shardings are for the parameters given, not for a "
+                    "kernel in the loss, and flax.linen.unbox takes its boxes off before."
                 )
             raise
 
@@ -230,7 +242,7 @@ class AtSource:
                 found.bases,
                 from_floats(found.rules, self._kernels[name].rules) if found.bases else (),
                 found.done > 0,
-                found.uses,
+                found.uses / USE,
             )
             for name, found in probes.items()
         }

@@ -18,13 +18,20 @@ class Held(NamedTuple):
       path: the parameter's.
       weight: whether it is of the weight, which may be cast.
       inner: how many of its last axes are those of one slice, which stay as they are.
-      moved: the primitives that have moved its slices.
+      moved: the primitives that have moved its slices, and how along the axes in front; an
+        ``Either`` where that depends on a branch.
     """
 
     path: str
     weight: bool
     inner: int
-    moved: tuple[str, ...] = ()
+    moved: tuple[Any, ...] = ()
+
+
+class Either(NamedTuple):
+    """What branches have done to an array, each its ``moved``; None where it is replaced."""
+
+    branches: tuple[tuple[Any, ...] | None, ...]
 
 
 class Misuse(NamedTuple):
@@ -126,7 +133,8 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Misuse | None, list[Held
             elif name in _STAYS:
                 out = [some] * len(eqn.outvars)
             elif name in _MOVES and _moves_slices(eqn, given):
-                out = [some._replace(moved=(*some.moved, name))] * len(eqn.outvars)
+                how = _how_moved(eqn, given)
+                out = [some._replace(moved=(*some.moved, how))] * len(eqn.outvars)
             elif name == "convert_element_type" and some.weight and _is_float(eqn.outvars[0]):
                 out = [some]
             else:
@@ -149,9 +157,44 @@ def _moved_apart(eqn: Any, given: list[Held | None]) -> bool:
         for held, var in zip(given[1:], eqn.invars[1:], strict=True)
         if var.aval.size and not jnp.issubdtype(var.aval.dtype, jax.dtypes.prng_key)
     ]
-    moved = lambda held: held and tuple(name for name in held.moved if name != _STOPS)
-    stopped = {held and _STOPS in held.moved for held, var in arrays if _is_float(var)}
-    return len({moved(held) for held, _ in arrays}) > 1 or len(stopped) > 1
+    moved = {held and _without_stops(held.moved) for held, _ in arrays}
+    # (Integers have no gradient to stop.)
+    floats = {held and held.moved for held, var in arrays if _is_float(var)}
+    return len(moved) > 1 or len(floats) > 1
+
+
+def _without_stops(moved: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """What has moved an array, apart from ``stop_gradient``."""
+    if moved is None:
+        return None
+    left: list[Any] = []
+    for how in moved:
+        if isinstance(how, Either):
+            branches = [_without_stops(branch) for branch in how.branches]
+            one = branches[0] if len(set(branches)) == 1 else None
+            left += [Either(tuple(branches))] if one is None else one
+        elif how[0] != _STOPS:
+            left.append(how)
+    return tuple(left)
+
+
+# Parameters of primitives that move slices: lists of axes or sizes, and numbers of each axis.
+_WHOLE = ("axis", "dimension", "dimensions", "sizes")
+_BY_AXIS = ("limit_indices", "permutation", "slice_sizes", "start_indices", "strides")
+
+
+def _how_moved(eqn: Any, given: list[Held | None]) -> tuple[Any, ...]:
+    """The primitive, and what it does along the axes in front, as far as it is known."""
+    at, held = next((i, h) for i, h in enumerate(given) if h is not None)
+    first = len(eqn.invars[at].aval.shape) - held.inner
+    of_axes = lambda value: tuple(value[:first]) if isinstance(value, tuple) else value
+    params = eqn.params
+    known = [(key, params[key]) for key in _WHOLE if key in params]
+    known += [(key, of_axes(params[key])) for key in _BY_AXIS if key in params]
+    if eqn.primitive.name == "dynamic_slice":
+        starts = eqn.invars[at + 1 : at + 1 + first]
+        known += [("start", int(v.val)) for v in starts if isinstance(v, Literal)]
+    return (eqn.primitive.name, *known)
 
 
 def _is_float(var: Any) -> bool:
@@ -199,7 +242,7 @@ def _within(eqn: Any, given: list[Any]) -> tuple[Misuse | None, list[Any] | None
         branches = [_walk(open_up(branch), given[1:]) for branch in params["branches"]]
         found = next((f for f, _ in branches if f is not None), None)
         results = zip(*(out for _, out in branches), strict=True) if found is None else ()
-        return found, [next(filter(None, held), None) for held in results]
+        return found, [_of_branches(held) for held in results]
     if name == "while":
         at, n = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         found, carry = _settled(open_up(params["body_jaxpr"]), given[at:n], given[n:], [])
@@ -219,6 +262,14 @@ def _within(eqn: Any, given: list[Any]) -> tuple[Misuse | None, list[Any] | None
         if hasattr(program, "eqns") and len(program.invars) == len(given):
             return _walk(program, given)
     return None, None
+
+
+def _of_branches(held: tuple[Held | None, ...]) -> Held | None:
+    """What a branch's result is, by what it is in each."""
+    one = next(filter(None, held), None)
+    if one is None or all(h == one for h in held):
+        return one
+    return one._replace(moved=(Either(tuple(h and h.moved for h in held)),))
 
 
 def _settled(

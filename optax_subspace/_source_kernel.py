@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -113,11 +114,20 @@ class SourceKernel:
             return self
         given = index if isinstance(index, tuple) else (index,)
         is_place = lambda i: isinstance(i, slice) or jnp.issubdtype(jnp.result_type(i), jnp.integer)
-        if given[-1:] == (Ellipsis,):
+        if given and given[-1] is Ellipsis:
             given = given[:-1]
         if len(given) > self.due.ndim or not all(map(is_place, given)):
             raise self._unknown(f"its part kernel[{index!r}], which is not along batch axes")
         return jax.tree.map(lambda x: x[given], self)
+
+    def __len__(self) -> int:
+        if not self.due.ndim:
+            raise self._unknown("a number of rows")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[SourceKernel]:
+        # (By indices alone there would be no end to it: those beyond the last are the last.)
+        return (self[i] for i in range(len(self)))
 
     def _unknown(self, what: str) -> TypeError:
         return TypeError(
@@ -194,7 +204,8 @@ def source_dot_general(
     )
     if rhs.checked:
         multiply.__name__ = AT_SOURCE  # type: ignore[attr-defined]  # which partial objects take
-        return jax.jit(multiply)(lhs, rhs)
+        with jax.disable_jit(False):
+            return jax.jit(multiply)(lhs, rhs)
     return multiply(lhs, rhs)
 
 

@@ -47,13 +47,15 @@ def _renewed(how: How, gradient: Gradient, bases: Any, rules: Any) -> Any:
         some = matrix
         matrix = matrix / largest(matrix)
     usable = jnp.all(jnp.isfinite(some)) & jnp.any(some != 0)
+    old = bases, rules
     sides = [
         checked(how.rule.update, matrix if side == "left" else matrix.T, basis, state)
         for side, basis, state in zip(how.sides, bases, rules, strict=True)
     ]
-    new = tuple(b for b, _ in sides), tuple(s for _, s in sides)
+    bases, rules, finite = zip(*sides, strict=True)
+    usable = functools.reduce(jnp.logical_and, finite, usable)
     keep = lambda n, o: jnp.where(usable, n, o)
-    return *jax.tree.map(keep, new, (bases, rules)), usable
+    return *jax.tree.map(keep, (bases, rules), old), usable
 
 
 def _varying_as_found(gradient: Gradient, *aux: Any) -> Any:

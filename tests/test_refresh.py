@@ -503,6 +503,50 @@ def test_a_rule_that_fails_leaves_its_leaf_as_it_was():
     np.testing.assert_array_equal(state.projection.leaves["w"].bases[0], jnp.eye(8, 2))
 
 
+@pytest.mark.parametrize("side", ["left", "both"])
+@pytest.mark.parametrize("at_source", [False, True])
+def test_a_first_basis_that_fails_is_found_with_the_next_gradient(side, at_source):
+    """Of one matrix, and of one slice of a stack; on one of two sides it fails for both."""
+
+    def fails(gradient, basis, state):
+        found = jnp.linalg.svd(gradient, full_matrices=False)[0][:, : basis.shape[1]]
+        return jnp.where((gradient[0, 0] > 0.9) & (len(gradient) == 8), jnp.nan, found), state
+
+    rule = osub.Projector(lambda *_: (), fails, every=2)
+    rules = [("v", osub.MatrixSpec(1, 2)), ("w", osub.MatrixSpec())]
+    tx = osub.scale_by_subspace(
+        optax.scale_by_adam(), rank=2, projector=rule, side=side, rules=rules
+    )
+    params = {"v": jnp.zeros((3, 8, 6)), "w": jnp.zeros((8, 6))}
+    state = tx.init(params)
+    for step in range(4):
+        draw = lambda x, step=step: jax.random.normal(jax.random.key(step), x.shape)
+        gradients = jax.tree.map(draw, params)
+        corner = 100.0 if step == 0 else -1.0
+        gradients = {
+            "v": gradients["v"].at[1, 0, 0].set(corner),
+            "w": gradients["w"].at[0, 0].set(corner),
+        }
+        source = None
+        if at_source:
+            # x @ kernel of an identity, whose cotangent is the kernel's gradient.
+            def loss(p, gradients=gradients):
+                each = jax.vmap(lambda w: jnp.eye(8) @ w)(p["v"])
+                found = jnp.sum(each * gradients["v"])
+                return found + jnp.sum((jnp.eye(8) @ p["w"]) * gradients["w"])
+
+            _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, state)
+        updates, state = tx.update(gradients, state, source=source)
+        moved = [bool(jnp.any(u)) for u in (*updates["v"], updates["w"])]
+        assert moved == ([True, False, True, False] if step == 0 else [True] * 4)
+        leaves = state.projection.leaves
+        if step == 0:
+            assert not any(jnp.any(b[1]) for b in leaves["v"].bases)
+            assert not any(jnp.any(b) for b in leaves["w"].bases)
+    assert leaves["v"].refreshes.tolist() == [2, 2, 2] and int(leaves["w"].refreshes) == 2
+    assert leaves["v"].age.tolist() == [4, 3, 4]
+
+
 @pytest.mark.parametrize("rule", [osub.history_pca(), osub.oja()])
 def test_moments_of_a_follower_that_begins_anew_turn_too(rule):
     """Old and new basis are orthogonal here, so that nothing is left of the old moments."""

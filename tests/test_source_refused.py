@@ -216,6 +216,9 @@ def test_a_stack_is_indexed_along_its_batch_axes():
         in_turn(lambda e, i: e[-1 - i, ...]),
         in_turn(lambda e, i: e[1:][i - 1] if i else e[order][1]),
         in_turn(lambda e, i: e[jnp.asarray(i)]),
+        in_turn(lambda e, i: e[len(e) - 1 - i]),
+        in_turn(lambda e, i: [*e][i]),
+        in_turn(lambda e, i: e[np.array([3, 1, 2, 0])][i]),
         each(lambda p, x, i: x @ p["e"][i]),
         each(lambda p, x, i: x @ layer(p["e"], i)),
     ):
@@ -251,8 +254,18 @@ def test_derivative_rules_around_a_kernel_are_refused():
             jax.eval_shape(run, params, tx.init(params), x)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_block_with_a_rule_of_its_own_that_scales_its_kernel_is_skipped(scale):
+@pytest.mark.parametrize(
+    ("rule", "serves"),
+    [
+        (lambda g: g, True),
+        (lambda g: g / 2, False),
+        (lambda g: g * jnp.minimum(1, 1 / jnp.linalg.norm(g.ravel())), False),
+        (lambda g: g / jnp.maximum(jnp.linalg.norm(g.ravel()), 1e-9), False),
+        (lambda g: jnp.clip(g, -1, 1), False),
+        (jnp.sign, False),
+    ],
+)
+def test_a_block_with_a_rule_of_its_own_that_scales_its_kernel_is_skipped(rule, serves):
     """Where it hands on what was found, as those do that compute anew, it serves."""
     layer = lambda x, w: jnp.tanh(x @ w)
     block = jax.custom_vjp(layer)
@@ -260,7 +273,7 @@ def test_a_block_with_a_rule_of_its_own_that_scales_its_kernel_is_skipped(scale)
     block.defvjp(
         lambda x, w: (layer(x, w), (x, w)),
         lambda saved, dy: jax.tree.map(
-            lambda g: g * scale if is_number(g) else g, jax.vjp(layer, *saved)[1](dy)
+            lambda g: rule(g) if is_number(g) else g, jax.vjp(layer, *saved)[1](dy)
         ),
     )
     tx = osub.scale_by_subspace(optax.identity(), rank=3)
@@ -269,9 +282,9 @@ def test_a_block_with_a_rule_of_its_own_that_scales_its_kernel_is_skipped(scale)
     state = tx.init(params)
     _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, state, x)
     ours, state = tx.update(gradients, state, params, source=source)
-    assert int(state.projection.skipped["a"]) == (scale != 1)
-    assert np.any(ours["a"]) == (scale == 1)
-    assert int(state.projection.leaves["a"].refreshes) == (scale == 1)
+    assert int(state.projection.skipped["a"]) == (not serves)
+    assert np.any(ours["a"]) == serves
+    assert int(state.projection.leaves["a"].refreshes) == serves
 
 
 def test_what_is_done_to_some_of_a_kernels_arrays_is_refused():
@@ -279,15 +292,22 @@ def test_what_is_done_to_some_of_a_kernels_arrays_is_refused():
     tx = osub.scale_by_subspace(optax.identity(), rank=3, rules=[("e", MatrixSpec(-2, -1))])
     params, x = kernels(e=(3, 8, 8)), jnp.ones((4, 8))
     fun = lambda e, x: jnp.mean(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, e)[0])
+    stop = jax.lax.stop_gradient
+    either = lambda w, *branches: jax.lax.cond(x[0, 0] > 0, *branches, w)
     for moved in (
         lambda w: w[::-1] if w.ndim > 2 else w,
+        lambda w: w[:2] if w.ndim > 2 else w[1:],
+        lambda w: either(w, stop, lambda w: w) if w.size > 100 else w,
+        lambda w: either(w, lambda w: w, stop) if w.size > 100 else w,
+        lambda w: either(w, lambda w: w, lambda w: w * 0) if w.shape == (3, 8, 8) else w,
         lambda w: w[jnp.array([2, 0, 1])] if w.ndim > 2 else w,
         lambda w: jnp.roll(w, 1, axis=0) if w.shape == (3, 8, 8) else w,
-        lambda w: jax.lax.stop_gradient(w) if w.size > 100 else w,
+        lambda w: stop(w) if w.size > 100 else w,
         lambda w: jnp.zeros_like(w) if w.shape == (3, 8, 8) else w,
     ):
         loss = lambda p, x, moved=moved: fun(jax.tree.map(moved, p["e"]), x)
-        with pytest.raises(TypeError, match="freezes or replaces some of the arrays that e cons"):
+        match = "freezes or replaces some of the arrays that e cons|goes through the leaves"
+        with pytest.raises(TypeError, match=match):
             jax.eval_shape(osub.subspace_value_and_grad(loss, tx), params, tx.init(params), x)
     whole = lambda w: jnp.swapaxes(w, -1, -2) if w.shape == (3, 8, 8) else w
     with pytest.raises(TypeError, match=r"by transpose.* e are projected at the source"):
@@ -318,6 +338,48 @@ def test_slices_whose_rows_or_columns_are_moved_are_refused():
         )
         with pytest.raises((TypeError, ValueError)):
             jax.eval_shape(osub.subspace_value_and_grad(loss, tx), params, tx.init(params), x)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_branch_may_freeze_a_whole_kernel(frozen):
+    tx = osub.scale_by_subspace(optax.identity(), rank=3)
+    params, x = kernels(a=(8, 12)), jax.random.normal(jax.random.key(0), (16, 8))
+    stop = lambda tree: jax.tree.map(jax.lax.stop_gradient, tree)
+
+    def loss(p, x, frozen):
+        kernel = jax.lax.cond(frozen, stop, lambda tree: tree, p["a"])
+        return jnp.mean((x @ kernel - 1) ** 2)
+
+    state = tx.init(params)
+    given = params, x, jnp.bool_(frozen)
+    _, gradients, source = osub.subspace_value_and_grad(loss, tx)(params, state, *given[1:])
+    ours, _ = tx.update(gradients, state, params, source=source)
+    assert np.any(ours["a"]) != frozen
+    assert_close(ours, tx.update(jax.grad(loss)(*given), state, params)[0])
+
+
+def test_what_is_a_tree_within_the_loss_is_told():
+    tx, x = osub.scale_by_subspace(optax.identity(), rank=3), jnp.ones((4, 8))
+    run = lambda fun, params: osub.subspace_value_and_grad(fun, tx)(params, tx.init(params), x)
+    freeze = lambda path, w: jax.lax.stop_gradient(w) if path[-1].key == "bias" else w
+    by_name = lambda p, x: jnp.mean(x @ jax.tree_util.tree_map_with_path(freeze, p)["a"])
+    with pytest.raises(AttributeError) as error:
+        run(by_name, kernels(a=(8, 12)))
+    assert "names of leaves go on below" in "".join(error.value.__notes__)
+    stacked = lambda p, x: jnp.mean(x @ jax.tree.map(lambda *w: jnp.stack(w), *p["layers"])[0])
+    with pytest.raises(ValueError, match="pytree") as error:
+        run(stacked, {"layers": [*kernels(a=(8, 8), b=(8, 8)).values()]})
+    assert "cannot be stacked" in "".join(error.value.__notes__)
+    by_value = lambda p, x: jnp.mean(x @ p["a"]) if jnp.any(x @ p["a"]) else 0.0
+    with pytest.raises(jax.errors.TracerBoolConversionError) as error:
+        run(by_value, kernels(a=(8, 12)))
+    assert "traced to see what it does to a, projected" in "".join(error.value.__notes__)
+
+    def alone(p, x):
+        with jax.disable_jit():
+            return jnp.mean(jnp.sin(x @ p["a"]))
+
+    assert np.any(run(alone, kernels(a=(8, 12)))[1]["a"].low)
 
 
 def test_gradients_within_an_unchecked_shard_map_are_refused():
