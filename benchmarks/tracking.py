@@ -106,7 +106,7 @@ def track(
         every = rule.every or steps + 1
         new = jax.lax.cond(
             t % every == 0,
-            lambda: _refresh.checked(rule.update, gradient, basis, state),
+            lambda: _refresh.checked(rule.update, gradient, basis, state)[:2],
             lambda: (basis, state),
         )
         if rule.follow is not None:

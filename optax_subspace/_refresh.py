@@ -178,8 +178,9 @@ def follow(
         matrix, low = turn(matrix), turn(low)
         product = matrix @ low.T / jnp.where(squared > 0, squared, 1) / scale
         basis, rule_state, finite = checked(step, product, *old, name=plan.path)
-        new, moved = (basis, rule_state), finite & (squared > 0)
-        energy = jnp.sum(low**2) / jnp.where(moved, squared, 1)
+        some = squared > 0
+        new, moved = (basis, rule_state), finite & some
+        energy = jnp.sum(low**2) / jnp.where(some, squared, 1)
         # Only a gradient without coordinates has to be looked at whole.
         look = lambda: jnp.all(matrix == 0)
         unseen = lambda: varying_as(jnp.zeros([], bool), matrix)
