@@ -92,21 +92,24 @@ def together(sides: Sequence[Refreshed], bases: Any, rules: Any) -> list[Refresh
     if len(sides) == 1:
         return list(sides)
     done = functools.reduce(jnp.logical_and, [s.done for s in sides])
-    after = tuple(s.basis for s in sides), tuple(s.rule for s in sides)
-    bases, rules = keep_slices(done, after, (bases, rules))
-    changes = zip(sides, bases, rules, strict=True)
-    return [side._replace(basis=b, rule=r, done=done) for side, b, r in changes]
-
-
-def keep_slices(done: jax.Array, new: Any, old: Any) -> Any:
-    """``new`` where ``done`` ``(*batch,)``, else ``old``; trees with batch axes in front."""
     wide = lambda x: done.reshape(done.shape + (1,) * (x.ndim - done.ndim))
-    return jax.tree.map(lambda n, o: jnp.where(wide(n), n, o), new, old)
+    keep = lambda new, old: jnp.where(wide(new), new, old)
+    return [
+        side._replace(
+            basis=jax.tree.map(keep, side.basis, basis),
+            rule=jax.tree.map(keep, side.rule, rule),
+            done=done,
+        )
+        for side, basis, rule in zip(sides, bases, rules, strict=True)
+    ]
 
 
 def joined(sides: Sequence[Refreshed]) -> tuple[jax.Array, jax.Array, Turn]:
-    """Of the sides of a leaf: the slices done, the least overlap, and the moments' turn."""
-    done = sides[0].done
+    """Of the sides of a leaf: the slices done, the least overlap, and the moments' turn.
+
+    Where only one side moved, the other's rotation is that of a basis to itself.
+    """
+    done = functools.reduce(jnp.logical_or, [s.done for s in sides])
     rotations = tuple(s.rotation for s in sides if s.rotation is not None)
     overlap = jnp.min(jnp.stack([s.overlap for s in sides]), axis=0)
     return done, overlap, Turn(done, rotations or None)
@@ -314,7 +317,8 @@ def checked(
     """Applies a rule's function in the arithmetic's dtype and stores in the state's.
 
     Returns:
-      The basis and the rule's state, and whether the basis is finite; else they are those before.
+      The basis and the rule's state, and whether the basis is finite and no number of the state
+      is NaN; else they are those before.
 
     Raises:
       ValueError: what it returns for the parameter ``name`` has other shapes than before.
@@ -337,7 +341,11 @@ def checked(
         new_basis = quantize_like(new_basis, basis)
     else:
         new_basis = as_before(new_basis, basis)
-    # A rule that fails leaves its leaf as it was, and due.
+    # A rule that fails leaves its leaf as it was, and due. (Infinite numbers in a state may be
+    # meant, as the best loss so far; from NaN no rule comes back.)
     finite = jnp.all(jnp.isfinite(dequantize(new_basis)))
+    for x in jax.tree.leaves(new_state):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            finite &= ~jnp.any(jnp.isnan(x))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     return keep(new_basis, basis), keep(new_state, state), finite

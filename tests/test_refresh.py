@@ -503,6 +503,60 @@ def test_a_rule_that_fails_leaves_its_leaf_as_it_was():
     np.testing.assert_array_equal(state.projection.leaves["w"].bases[0], jnp.eye(8, 2))
 
 
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_rule_whose_state_is_nan_once_goes_on(follows):
+    """With the NaN in its state every later basis would be NaN, and the leaf stand still."""
+
+    def fails(array, basis, state):
+        moved = jnp.linalg.qr(basis + 0.1 * array[:, : basis.shape[1]] / (1 + state["steps"]))[0]
+        trace = jnp.where(jnp.any(array[1:]), 0.5 * state["trace"] + 1, jnp.nan)
+        return moved + 0 * state["trace"], state | {"trace": trace, "steps": state["steps"] + 1}
+
+    init = lambda *_: {"trace": jnp.zeros([]), "steps": jnp.zeros([]), "best": jnp.inf}
+    first = lambda array, basis, state: (jnp.eye(*basis.shape), state)
+    if follows:
+        rule = osub.Projector(init, first, follow=fails, every=None)
+    else:
+        rule = osub.Projector(init, fails, every=1)
+    tx = osub.scale_by_subspace(optax.identity(), rank=2, projector=rule)
+    draw = lambda step: {"w": jax.random.normal(jax.random.key(step), (8, 12))}
+    state, steps, moved = tx.init(draw(0)), [], []
+    for step in range(5):
+        gradient = {"w": jnp.zeros((8, 12)).at[0, 0].set(1.0)} if step == 2 else draw(step)
+        before = state.projection.leaves["w"].bases[0]
+        _, state = tx.update(gradient, state)
+        leaf = state.projection.leaves["w"]
+        steps.append(int(leaf.rule[0]["steps"]))
+        moved.append(bool(jnp.any(leaf.bases[0] != before)))
+        assert jnp.isfinite(leaf.rule[0]["trace"]) and jnp.isinf(leaf.rule[0]["best"])
+    assert moved == [True, True, False, True, True]
+    assert steps == ([0, 1, 1, 2, 3] if follows else [1, 2, 2, 3, 4])
+
+
+def test_moments_turn_with_the_side_that_moved_where_the_other_failed():
+    """They are those in the new basis: a lift of a turned moment keeps what both bases span."""
+    turned = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (5, 5)))[0]
+    turned = jnp.eye(6).at[:5, :5].set(turned)
+
+    def step(product, basis, state):
+        return (turned @ basis if len(basis) == 6 else basis * jnp.nan), state
+
+    first = lambda gradient, basis, state: (jnp.eye(*basis.shape), state)
+    rule = osub.Projector(lambda *_: (), first, follow=step, every=None)
+    tx = osub.scale_by_subspace(
+        optax.trace(0.9), rank=5, projector=rule, side="both", moments="project"
+    )
+    gradient = {"w": jnp.zeros((8, 6)).at[:5, :5].set(jax.random.normal(jax.random.key(1), (5, 5)))}
+    state = tx.init(gradient)
+    for _ in range(2):  # the first finds the bases, the second moves them
+        _, state = tx.update(gradient, state)
+    left, right = state.projection.leaves["w"].bases
+    np.testing.assert_array_equal(left, jnp.eye(8, 5))
+    np.testing.assert_allclose(right, turned[:, :5], atol=1e-6)
+    lifted = left @ state.inner.trace["w"] @ right.T
+    np.testing.assert_allclose(lifted, 1.9 * gradient["w"], atol=1e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "both"])
 @pytest.mark.parametrize("at_source", [False, True])
 def test_a_first_basis_that_fails_is_found_with_the_next_gradient(side, at_source):

@@ -15,6 +15,7 @@ from models.llama import Pieces
 from optax_subspace import dequantize
 from train.gradient import block_input, run_block
 from train.mesh import ALONE, Mesh, Work, local_bytes
+from train.placement import taken_alone
 from train.step import State, without_adapters
 
 # With a schedule, as the trainer runs it.
@@ -140,9 +141,7 @@ def measure(compiled: Any, state: State) -> Measured | None:
         return None
 
     def laid_out(tree: Any) -> int:
-        # A program that only takes the tree: its arguments are the tree as the device lays it out.
-        alone = jax.jit(lambda tree: None, keep_unused=True).lower(tree).compile()
-        parts = alone.memory_analysis()
+        parts = taken_alone(tree).memory_analysis()
         assert parts is not None  # as for the step
         return parts.argument_size_in_bytes
 

@@ -8,6 +8,7 @@ import jax
 import optax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.stages import Compiled
 
 from optax_subspace import FusedState, dequantize, state_shardings
 from train.mesh import Mesh, with_shardings
@@ -40,8 +41,12 @@ def in_whole_layers(shapes: Any) -> Any:
     the whole stack first: 12.2 GiB for a fused AdamW step in place of 8.4. The other axes keep the
     order that they have there.
     """
-    alone = jax.jit(lambda tree: None, keep_unused=True).lower(shapes).compile()
-    return jax.tree.map(_in_whole_layers, shapes, alone.input_formats[0][0])
+    return jax.tree.map(_in_whole_layers, shapes, taken_alone(shapes).input_formats[0][0])
+
+
+def taken_alone(tree: Any) -> Compiled:
+    """A program that only takes the tree: its arguments are as the devices lay them out."""
+    return jax.jit(lambda tree: None, keep_unused=True).lower(tree).compile()
 
 
 def _in_whole_layers(x: jax.ShapeDtypeStruct, own: Format) -> jax.ShapeDtypeStruct:
