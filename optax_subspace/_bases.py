@@ -39,7 +39,9 @@ from optax_subspace._refresh import (
 from optax_subspace._rules import Rules, check_scale, check_side, compile_rules, rules_of
 from optax_subspace._schedule import (
     LOOK_EVERY,
+    age_due,
     due_if_lost,
+    found_before,
     next_due,
     next_period,
     offsets,
@@ -251,7 +253,12 @@ class Subspace:
                 # A slice without any gradient yet has no basis yet.
                 begun = used & ((old.age > 0) | jnp.any(low != 0, axis=(-2, -1)))
                 basis = basis._replace(age=old.age + begun.astype(jnp.int32))
-                moves = begun & (old.age > 0) & (basis.refreshes == old.refreshes)
+                fresh = basis.refreshes != old.refreshes
+                if last is not None:
+                    fresh |= found_before(old.due)
+                    due = age_due(basis.due)
+                    basis = basis._replace(due=jnp.where(fresh & ~last, ~due, due))
+                moves = begun & (old.age > 0) & ~fresh
                 leaves[plan.path], handed_on.after = self._follow_leaf(
                     plan,
                     basis,
@@ -278,7 +285,7 @@ class Subspace:
     ) -> tuple[LeafBasis, Turn | None]:
         """New bases for the slices that are due, and what that means for the moments."""
         rule = plan.projector or self.projector
-        due = old.age >= old.due
+        due = old.age >= age_due(old.due)
         if first is not None:
             # A leaf without a basis takes its first from whichever micro-batch has a gradient.
             due &= first | (old.refreshes == 0)

@@ -20,7 +20,7 @@ class LeafBasis(NamedTuple):
       rule: the projector's own state per side.
       age: int32 ``(*batch,)``, gradients used since the first basis; zero before it.
       due: int32 ``(*batch,)``, the age at which the projector's ``update`` comes next; ``NEVER``,
-        or ``UNLESS_LOST`` for a rule that follows.
+        or ``UNLESS_LOST`` for a rule that follows; between micro-batches see ``found_before``.
       period: int32 ``(*batch,)``, steps between updates in units of the projector's ``every``.
       refreshes: int32 ``(*batch,)``, how often ``update`` has given a new basis.
       drift: float32 ``(*batch,)``, one minus the mean squared cosine of the principal angles

@@ -171,9 +171,10 @@ def follow(
         norms = jnp.sum((matrices / scales) ** 2, axis=(-2, -1))
     else:
         seen_by = directions(turn(matrices).shape[-1], matrices.dtype)
-        seen_by = jnp.expand_dims(seen_by, tuple(range(scales.ndim - 2)))
         bases = dequantize(basis).astype(matrices.dtype)
-        seen = turn(matrices) @ (seen_by / scales)
+        # (Divided afterwards: of coordinates that are all zero the scale is tiny, and what is seen
+        # beside them infinite, which the sum of infinite terms would not be.)
+        seen = turn(matrices) @ seen_by / scales
         norms = squared_norm(turn(coordinates), seen, bases, seen_by)
 
     def move(arrays, old):
@@ -318,7 +319,7 @@ def checked(
 
     Returns:
       The basis and the rule's state, and whether the basis is finite and no number of the state
-      is NaN; else they are those before.
+      became NaN; else they are those before.
 
     Raises:
       ValueError: what it returns for the parameter ``name`` has other shapes than before.
@@ -342,10 +343,10 @@ def checked(
     else:
         new_basis = as_before(new_basis, basis)
     # A rule that fails leaves its leaf as it was, and due. (Infinite numbers in a state may be
-    # meant, as the best loss so far; from NaN no rule comes back.)
+    # meant, as the best loss so far; from NaN a rule rarely comes back.)
     finite = jnp.all(jnp.isfinite(dequantize(new_basis)))
-    for x in jax.tree.leaves(new_state):
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            finite &= ~jnp.any(jnp.isnan(x))
+    for new, old in zip(jax.tree.leaves(new_state), jax.tree.leaves(state), strict=True):
+        if jnp.issubdtype(new.dtype, jnp.inexact):
+            finite &= ~jnp.any(jnp.isnan(new) & ~jnp.isnan(old))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     return keep(new_basis, basis), keep(new_state, state), finite

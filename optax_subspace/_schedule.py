@@ -83,6 +83,9 @@ def due_if_lost(
 ) -> jax.Array:
     """``due``, or before long where the gradient has left the basis of a rule that follows.
 
+    A rule with a period waits for its end: the steps until then may be of a program at the source
+    that finds no bases.
+
     Args:
       age, due: int32 ``(*batch,)``.
       energies: of each side, the share of the gradient within the basis ``(*batch,)``, or
@@ -92,4 +95,18 @@ def due_if_lost(
     lost = jnp.zeros(jnp.shape(age), bool)
     for energy, shape in zip(energies, shapes, strict=True):
         lost |= (energy < LOST * shape[-1] / shape[-2]) & (energy != NO_GRADIENT)
-    return jnp.where(lost, jnp.minimum(due, -(-age // LOOK_EVERY) * LOOK_EVERY), due)
+    return jnp.where(lost & (due == UNLESS_LOST), -(-age // LOOK_EVERY) * LOOK_EVERY, due)
+
+
+def found_before(due: jax.Array) -> jax.Array:
+    """Of ``due`` between micro-batches, the slices with a basis of an earlier one of this step.
+
+    They stand for the age ``~due`` until the last: no rule is to follow a gradient at the step at
+    which it found a basis.
+    """
+    return due < 0
+
+
+def age_due(due: jax.Array) -> jax.Array:
+    """The age at which a basis is due, between micro-batches too: see :func:`found_before`."""
+    return jnp.where(due < 0, ~due, due)

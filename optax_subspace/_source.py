@@ -20,7 +20,7 @@ from optax_subspace._projected import Projected, SourceBasis
 from optax_subspace._projection import compute_dtype
 from optax_subspace._projection_state import LeafBasis, ProjectionState, check_state
 from optax_subspace._projectors._base import NO_GRADIENT
-from optax_subspace._schedule import LOOK_EVERY, NEVER, UNLESS_LOST
+from optax_subspace._schedule import LOOK_EVERY, NEVER, UNLESS_LOST, age_due
 from optax_subspace._source_check import (
     Held,
     along_no_other_axes,
@@ -31,7 +31,7 @@ from optax_subspace._source_check import (
     scaled_by_a_rule,
 )
 from optax_subspace._source_kernel import MARK_DTYPE, SourceKernel, mark
-from optax_subspace._source_product import USE, Probe, differentiated_twice
+from optax_subspace._source_product import Probe, differentiated_twice
 from optax_subspace._source_refresh import How, as_floats, from_floats
 from optax_subspace._varying import refuse_unchecked_axes, varying_as
 
@@ -110,8 +110,8 @@ def subspace_value_and_grad(
         loss = lambda *parts: fun(at_source.merge(*parts), *args, **kwargs)
         differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)
         with at_source.explained():
-            value, cotangents = differentiate(*parts)
             at_source.check(lambda tree: fun(tree, *args, **kwargs))
+            value, cotangents = differentiate(*parts)
         if has_aux:
             is_kernel = lambda x: isinstance(x, SourceKernel)
             array = lambda x: x.weight if is_kernel(x) else x
@@ -124,7 +124,12 @@ def subspace_value_and_grad(
 
 
 # Words of errors that come of a kernel that is a tree.
-_OF_TREES = ("vmap", "sharding_constraint", "tuple index", "pytree", "GetAttrKey")
+_OF_TREES = (
+    *("vmap", "sharding_constraint", "tuple index", "pytree", "GetAttrKey"),
+    *("ncompatible shapes", "Too many indices"),
+)
+# And of derivatives of derivatives.
+_OF_DERIVATIVES = ("custom_lin", "custom_vjp_call", "custom_vjp function", "grad requires real")
 
 
 class AtSource:
@@ -165,13 +170,16 @@ class AtSource:
         except (TypeError, NotImplementedError) as error:
             self._explain(error)
             raise
-        except (AttributeError, IndexError, ValueError) as error:
+        except (AssertionError, AttributeError, IndexError, ValueError) as error:
+            if MARK_DTYPE in str(error):
+                raise goes_through(self._paths()) from error
             if any(word in str(error) for word in _OF_TREES):
                 error.add_note(
                     f"If it is about {self._paths()}, projected at the source: in the loss such a "
                     "kernel is a tree of arrays that have its batch axes in front and little else "
                     "in common. vmap and scan go along those axes alone, kernels that are "
-                    "parameters of their own cannot be stacked, and the names of leaves go on "
+                    "parameters of their own cannot be stacked or chosen from by a cond (choose "
+                    "between results), and the names of leaves go on "
                     "below the parameter's; shardings are for the parameters given, not for a "
                     "kernel in the loss, and flax.linen.unbox takes its boxes off before."
                 )
@@ -207,8 +215,9 @@ class AtSource:
     def _explain(self, error: Exception) -> None:
         """Raises what an error of JAX means where it met a stand-in."""
         names, said = self._paths(), str(error)
-        # (Forward mode through a custom derivative, one within a derivative rule too.)
-        if "custom_lin" in said or "custom_vjp_call" in said:
+        # (Forward mode through a custom derivative, one within a derivative rule too; a derivative
+        # with respect to all parameters.)
+        if any(word in said for word in _OF_DERIVATIVES):
             raise differentiated_twice(names) from error
         if "float0" in said:
             raise scaled_by_a_rule(names) from error
@@ -242,7 +251,7 @@ class AtSource:
                 found.bases,
                 from_floats(found.rules, self._kernels[name].rules) if found.bases else (),
                 found.done > 0,
-                found.uses / USE,
+                found.uses,
             )
             for name, found in probes.items()
         }
@@ -276,14 +285,14 @@ def steps_to_refresh(state: optax.OptState) -> jax.Array:
     """
     is_projection = lambda x: isinstance(x, ProjectionState)
     nodes = jax.tree.leaves(without_variables(state), is_leaf=is_projection)
+
+    def left_of(leaf: LeafBasis) -> jax.Array:
+        due = age_due(leaf.due)
+        left = jnp.where(due == NEVER, NEVER, due - leaf.age)
+        return jnp.min(jnp.where(due == UNLESS_LOST, -leaf.age % LOOK_EVERY, left))
+
     left = [
-        jnp.min(
-            jnp.where(
-                leaf.due == UNLESS_LOST,
-                -leaf.age % LOOK_EVERY,
-                jnp.where(leaf.due == NEVER, NEVER, leaf.due - leaf.age),
-            )
-        )
+        left_of(leaf)
         for node in filter(is_projection, nodes)
         if isinstance(node.leaves, dict)
         for leaf in node.leaves.values()
@@ -372,5 +381,5 @@ def _kernel(
     )
     # Devices of a shard_map that have kernels of their own have gradients of their own.
     probe = varying_as(probe, (weight, leaf))
-    due = (leaf.age >= leaf.due) & (first | (leaf.refreshes == 0))
+    due = (leaf.age >= age_due(leaf.due)) & (first | (leaf.refreshes == 0))
     return SourceKernel(weight, leaf.bases, leaf.rule, due, probe, mark(plan.batch_shape), how)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from optax_subspace._source_kernel import AT_SOURCE
+from optax_subspace._source_product import differentiated_twice
 
 
 class Held(NamedTuple):
@@ -34,6 +35,10 @@ class Either(NamedTuple):
     branches: tuple[tuple[Any, ...] | None, ...]
 
 
+# Stands for the primitives of a derivative of a product.
+_DERIVATIVE = "a derivative"
+
+
 class Misuse(NamedTuple):
     """A kernel whose arrays are computed with, and the name of the primitive that does; none where
     they are the result, and ``AT_SOURCE`` where they come to the product moved apart."""
@@ -53,12 +58,13 @@ def goes_through(names: str, how: str = "") -> TypeError:
 
 
 def scaled_by_a_rule(names: str) -> TypeError:
-    """Of a loss with a derivative rule for kernels, as that of a gradient scaled or turned."""
+    """Of a loss with a derivative rule for kernels, or for blocks that hold some."""
     return TypeError(
         f"the loss puts a derivative rule (jax.custom_vjp or custom_jvp) around {names}, projected "
         "at the source, where it would be applied to what is found for the basis as "
         "well: scale gradients by the optimizer (optax.scale, or multi_transform for some of them),"
-        " or project afterwards"
+        " leave the kernels of a block with a rule of its own at full rank by a rule of None, or "
+        "project afterwards"
     )
 
 
@@ -67,6 +73,8 @@ def refusal(misuse: Misuse) -> TypeError:
     path, primitive = misuse.held.path, misuse.primitive
     if primitive in _OWN_RULES:
         return scaled_by_a_rule(path)
+    if primitive == _DERIVATIVE:
+        return differentiated_twice(path)
     if primitive == "select_n":
         return TypeError(
             f"the loss chooses between arrays of {path}, as a jax.lax.cond does "
@@ -120,6 +128,10 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Misuse | None, list[Held
             continue
         name = eqn.primitive.name
         if eqn.params.get("name") == AT_SOURCE:
+            if _is_stopped(eqn, given):
+                continue
+            if not _is_whole(eqn):
+                return Misuse(some, _DERIVATIVE), []
             # (The first is what the kernel is multiplied by.)
             if given[0] is not None:
                 return Misuse(given[0], "dot_general"), []
@@ -139,8 +151,8 @@ def _walk(jaxpr: Any, held: list[Held | None]) -> tuple[Misuse | None, list[Held
                 out = [some]
             else:
                 found = Misuse(some, name)
-        elif name in _OWN_RULES and any(out):
-            # (The rule would be applied to what is found for the basis, too.)
+        elif name in _OWN_RULES and not _is_stopped(eqn, given):
+            # The rule would be applied to what is found for the basis, too, if not by the block.
             found = Misuse(some, name)
         if found is not None:
             return found, []
@@ -161,6 +173,19 @@ def _moved_apart(eqn: Any, given: list[Held | None]) -> bool:
     # (Integers have no gradient to stop.)
     floats = {held and held.moved for held, var in arrays if _is_float(var)}
     return len(moved) > 1 or len(floats) > 1
+
+
+def _is_whole(eqn: Any) -> bool:
+    """Whether this is a product; else a part of its derivative, which the loss takes itself."""
+    program = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    # (The derivative has one of `_once` alone.)
+    return any(e.primitive.name in _OWN_RULES and len(e.invars) > 2 for e in program.eqns)
+
+
+def _is_stopped(eqn: Any, given: list[Held | None]) -> bool:
+    """Whether no gradient goes to a kernel by this equation."""
+    floats = (h for h, v in zip(given, eqn.invars, strict=True) if h is not None and _is_float(v))
+    return all((_STOPS,) in held.moved for held in floats)
 
 
 def _without_stops(moved: tuple[Any, ...] | None) -> tuple[Any, ...] | None:

@@ -16,10 +16,6 @@ from optax_subspace._source_gradient import Gradient, Over, contract, narrow
 from optax_subspace._source_refresh import How, as_floats, over_kernels, refreshed, renewed_in
 from optax_subspace._varying import not_varying, varying_as
 
-# The cotangent of one use: more than a derivative rule leaves that clips or normalises what it is
-# given, the new bases too. (Of a 1 it might leave a 1.)
-USE = 4096.0
-
 
 class Probe(NamedTuple):
     """Zeros whose cotangents bring out what a backward pass has found; batch axes in front.
@@ -33,7 +29,7 @@ class Probe(NamedTuple):
       bases: the bases that this pass has projected with, if it refreshes.
       rules: the rules' states after it, as floats, if it refreshes.
       done: 1 where there is a new basis.
-      uses: ``USE`` times how often the kernel was used.
+      uses: how often the kernel was used.
     """
 
     low: jax.Array
@@ -104,7 +100,8 @@ def differentiated_twice(paths: str) -> TypeError:
     return TypeError(
         "the loss holds a derivative (a gradient penalty, say, or the rule of a jax.custom_jvp) "
         f"that depends on {paths}, projected at the source, where the gradient is that of "
-        "x @ kernel alone: leave it at full rank by a rule of None, or project afterwards"
+        "x @ kernel alone: take it at jax.lax.stop_gradient(params) if no gradient is to go "
+        "through it, leave the parameter at full rank by a rule of None, or project afterwards"
     )
 
 
@@ -193,7 +190,7 @@ def _found(
         else (),
         rules=jax.tree.map(as_probe, as_floats(rules), probe.rules) if how.refresh else (),
         done=as_probe(done, probe.done),
-        uses=jnp.full_like(probe.uses, USE),
+        uses=jnp.ones_like(probe.uses),
     )
 
 

@@ -49,7 +49,13 @@ def _renewed(how: How, gradient: Gradient, bases: Any, rules: Any) -> Any:
     usable = jnp.all(jnp.isfinite(some)) & jnp.any(some != 0)
     old = bases, rules
     sides = [
-        checked(how.rule.update, matrix if side == "left" else matrix.T, basis, state)
+        checked(
+            how.rule.update,
+            matrix if side == "left" else matrix.T,
+            basis,
+            state,
+            name=how.path,
+        )
         for side, basis, state in zip(how.sides, bases, rules, strict=True)
     ]
     bases, rules, finite = zip(*sides, strict=True)

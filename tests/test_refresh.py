@@ -476,16 +476,71 @@ def test_a_gradient_that_leaves_the_basis_is_found_again(rule):
     assert (kept > 0.9).all()
 
 
-def test_a_refresh_that_is_due_does_not_wait_for_a_look():
-    """Of a rule with a period that follows, and has lost its gradient."""
-    rule = osub.svd(3)._replace(follow=osub.oja().follow)
+@pytest.mark.parametrize("every", [3, 2 * LOOK_EVERY])
+def test_a_rule_with_a_period_that_has_lost_its_gradient_waits_for_its_end(every):
+    """Not for a look, and no shorter, as `steps_to_refresh` has told."""
+    rule = osub.svd(every)._replace(follow=osub.oja().follow)
     tx = osub.scale_by_subspace(optax.identity(), rank=2, side="left", projector=rule)
     block = jax.random.normal(jax.random.key(0), (4, 16))
     first, then = (jnp.zeros((8, 16)).at[i : i + 4].set(block) for i in (0, 4))
     state, update = tx.init({"w": first}), jax.jit(tx.update)
-    for gradient in (first, then, then, then):
+    refreshes = []
+    for gradient in [first] + [then] * every:
+        assert int(osub.steps_to_refresh(state)) == -len(refreshes) % every
         _, state = update({"w": gradient}, state)
-    assert int(state.projection.leaves["w"].refreshes) == 2
+        refreshes.append(int(state.projection.leaves["w"].refreshes))
+    assert refreshes == [1] * every + [2]
+
+
+@pytest.mark.parametrize("rule", ["online", "periodic"])
+def test_no_rule_follows_at_the_step_that_found_its_basis_over_micro_batches(rule):
+    """Of one gradient given k times, which is that of one batch."""
+    rules = {
+        "online": osub.online_pca(),
+        "periodic": osub.svd(4)._replace(
+            follow=osub.online_pca().follow, init=osub.online_pca().init
+        ),
+    }
+    whole, parts = (
+        osub.scale_by_subspace(optax.scale_by_adam(), rank=2, projector=rules[rule], accumulate=k)
+        for k in (1, 2)
+    )
+    states = [tx.init({"w": jnp.zeros((12, 10))}) for tx in (whole, parts)]
+    updates = [jax.jit(tx.update) for tx in (whole, parts)]
+    for step in range(LOOK_EVERY + 4):
+        draw = jax.random.normal(jax.random.key(step), (12, 5))
+        at = 0 if step < 6 else 5  # where none was before
+        gradient = {"w": jnp.zeros((12, 10)).at[:, at : at + 5].set(draw)}
+        one, states[0] = updates[0](gradient, states[0])
+        _, states[1] = updates[1](gradient, states[1])
+        assert int(osub.steps_to_refresh(states[1])) >= 0
+        two, states[1] = updates[1](gradient, states[1])
+        np.testing.assert_allclose(one["w"], two["w"], atol=1e-5)
+    one, two = (state.projection.leaves["w"] for state in states)
+    assert int(one.refreshes) > 1
+    for key in ("age", "due", "refreshes"):
+        assert int(getattr(one, key)) == int(getattr(two, key))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3])
+def test_followers_are_free_of_the_scale_where_nothing_is_in_the_basis(scale):
+    """Rows that come alive: on one side the coordinates are zero, and the norm must not be NaN."""
+    tx = osub.scale_by_subspace(
+        optax.scale_by_adam(), rank=2, side="both", projector=osub.history_pca(), moments="project"
+    )
+    first, then = (
+        jnp.zeros((12, 8)).at[i : i + 6].set(jax.random.normal(jax.random.key(i), (6, 8)))
+        for i in (0, 6)
+    )
+    states = [tx.init({"w": first}) for _ in range(2)]
+    update = jax.jit(tx.update)
+    for gradient in (first, first, then, then):
+        for i, by in enumerate((1.0, scale)):
+            _, states[i] = update({"w": by * gradient}, states[i])
+    one, other = (state.projection.leaves["w"] for state in states)
+    assert float(other.drift) > 1e-3
+    for a, b in zip(*(jax.tree.leaves(leaf) for leaf in (one, other)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_a_rule_that_fails_leaves_its_leaf_as_it_was():

@@ -35,7 +35,7 @@ class Projector(NamedTuple):
         step on. The gradient is not zero and scaled such that its largest entry is 1 or -1. For
         the first basis of a leaf, ``basis`` is all zeros.
       every: ``update`` is applied at a leaf's first step and then every so many steps; None for
-        the first step alone.
+        the first step alone, and, if the rule follows, where the gradient has left the basis.
       follow: ``(product, basis, state) -> (basis, state)``, applied on every other step, with
         ``product = G G^T P / ||G||_F^2`` of shape ``(m, r)``. The basis that it returns serves from
         the next step on, so that each gradient is projected by a basis made from earlier ones, as
